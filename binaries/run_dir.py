@@ -1,0 +1,88 @@
+"""Run directories: one run each, never two at once, never overwritten by accident."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import shutil
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import __version__
+from fliqs_tf._keras import NAME
+
+_LOCK = "lock"
+
+
+class RunDir:
+    """A directory that this process holds until it ends.
+
+    Args:
+      path: Made if it is not there.
+      resume: Go on with the run in it.
+      overwrite: Remove the run in it first.
+
+    Raises:
+      SystemExit: It holds a run and neither resume nor overwrite is set; another process is at work in it; it cannot
+        be written to. The message says what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume: bool, overwrite: bool):
+        self.path = pathlib.Path(path)
+        if resume and overwrite:
+            raise SystemExit("--resume and --overwrite exclude each other.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / _LOCK, "a")
+        except OSError as error:
+            raise SystemExit(f"Cannot write to the run directory {self.path}: {error.strerror}. Give another --run_dir.")
+        try:
+            # The system frees the lock when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"Another process is at work in {self.path}. Wait for it, or give another --run_dir.")
+        present = [p for p in self.path.iterdir() if p.name != _LOCK]
+        if present and overwrite:
+            if not (self.path / "flags.json").exists():
+                raise SystemExit(f"{self.path} holds files but no run (no flags.json): --overwrite will not remove them.")
+            for entry in present:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif present and not resume:
+            raise SystemExit(
+                f"{self.path} holds a run already. Go on with it by --resume, replace it by --overwrite, or give another "
+                f"--run_dir."
+            )
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl that a resumed run will write again."""
+        path = self / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # the line that was being written when the run was killed
+        temporary = self / ".metrics.jsonl.tmp"
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "fliqs_tf": __version__,
+        "tensorflow": tf.__version__,
+        "keras": NAME,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

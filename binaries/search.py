@@ -1,0 +1,242 @@
+"""Trains a network and searches its number formats in one run.
+
+    python binaries/search.py                                              # digits, a few minutes
+    python binaries/search.py --flagfile=binaries/flags/cifar10_resnet20.flags --data_dir=~/tensorflow_datasets
+
+The run directory then holds recipe.json, model.keras, metrics.jsonl, TensorBoard events, checkpoints, pictures and
+report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import fliqs_tf  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from absl import app, flags  # noqa: E402
+from fliqs_tf import checkpoints, report  # noqa: E402
+from fliqs_tf.recipe import write_json  # noqa: E402
+
+from binaries import data as datasets  # noqa: E402
+from binaries import settings, tables  # noqa: E402
+from binaries.run_dir import RunDir, versions  # noqa: E402
+
+FLAGS = flags.FLAGS
+settings.define_training_flags()
+flags.DEFINE_list(
+    "space", ["FLIQS-S-INT"], f"Menu: one of {', '.join(fliqs_tf.PRESETS)}, or formats separated by commas."
+)
+flags.DEFINE_string("target_cost", "0.625x INT8", "Number in the cost's unit, or relative: '0.25x INT8'.")
+flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted.")
+flags.DEFINE_string("reward", "absolute", "absolute, one_sided, soft_exponential or hard_exponential.")
+flags.DEFINE_enum("quality", "loss", ["loss", "accuracy"], "What the search maximizes: minus the loss, or accuracy.")
+flags.DEFINE_enum("quality_data", "held_out", ["held_out", "train"], "Batches that quality is read from.")
+flags.DEFINE_integer("quality_every", 4, "Steps between readings on held-out batches.", lower_bound=1)
+flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", lower_bound=2)
+flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
+flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")
+flags.DEFINE_float("delay", 0.25, "Share of the steps in which formats are drawn uniformly.", 0, 0.9)
+flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
+flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
+flags.DEFINE_multi_string("rule", [], "PATTERN=MENU for the layers that match: '^conv1=INT8', 'predictions=float'.")
+flags.DEFINE_list("references", [], "Run directories of train.py to compare with (float, uniform formats).")
+
+
+def main(argv):
+    if len(argv) > 1:
+        sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
+    if FLAGS.quality_data == "held_out" and FLAGS.holdout == 0:
+        sys.exit("--quality_data=held_out needs held-out data: set --holdout above 0, or take --quality_data=train.")
+    settings.set_up_process()
+    data = settings.load_data()
+    run = RunDir(
+        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search", resume=FLAGS.resume, overwrite=FLAGS.overwrite
+    )
+    steps_per_epoch = len(data.train_labels) // FLAGS.batch_size
+    if steps_per_epoch == 0:
+        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {len(data.train_labels)} training examples.")
+    total = steps_per_epoch * FLAGS.epochs
+    model = build(data, total)
+    write_json(run / "flags.json", settings.flag_values())
+    write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
+    start = train(model, data, run, steps_per_epoch, total)
+    results = summarize(model, data, total)
+    finish(model, run, results, start)
+
+
+def build(data, total: int) -> fliqs_tf.SearchModel:
+    """The wrapped and compiled model of the flags; what is wrong with them ends the program."""
+    network = settings.build_network(data)
+    try:
+        space = FLAGS.space[0] if FLAGS.space[0].upper() in fliqs_tf.PRESETS else FLAGS.space
+        model = fliqs_tf.wrap(network, space, _rules(), granularity=FLAGS.granularity, tensors=FLAGS.tensors)
+        model.compile(
+            settings.optimizer(total),
+            settings.loss(),
+            metrics=["accuracy"],
+            target_cost=FLAGS.target_cost,
+            cost=FLAGS.cost,
+            reward=FLAGS.reward,
+            quality=FLAGS.quality,
+            quality_every=FLAGS.quality_every,
+            quality_samples=FLAGS.quality_samples,
+            search_steps=total,
+            seed=FLAGS.seed,
+            controller={
+                "estimator": FLAGS.estimator,
+                "entropy_schedule": FLAGS.entropy_schedule,
+                "delay": FLAGS.delay,
+            },
+        )
+    except ValueError as error:
+        sys.exit(str(error))
+    return model
+
+
+def _rules() -> list[fliqs_tf.Rule]:
+    rules = []
+    for text in FLAGS.rule:
+        pattern, separator, menu = text.rpartition("=")
+        if not separator:
+            raise ValueError(f"--rule must be PATTERN=MENU, such as '^conv1=INT8' or 'predictions=float'; got {text!r}.")
+        rules.append(fliqs_tf.Rule(pattern, None if menu.lower() == "float" else menu.split(",")))
+    return rules
+
+
+def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> int:
+    """Fits to the end, from the newest checkpoint if there is one. Returns the step it began with."""
+    start = 0
+    if FLAGS.resume:
+        try:
+            start = checkpoints.restore_newest(run / "checkpoints", model) or 0
+        except ValueError as error:
+            sys.exit(str(error))
+        run.keep_metrics_until(start)
+        print(f"Going on from step {start} of {total}.")
+    callbacks = [
+        fliqs_tf.SearchLog(run.path),
+        fliqs_tf.SearchCheckpoint(run / "checkpoints", FLAGS.checkpoint_every_steps),
+        tables.ProgressBar(total, start),
+    ]
+    # The first epoch may be one that the run before left half done.
+    boundaries = [start, -(-start // steps_per_epoch) * steps_per_epoch, total]
+    for begin, end in zip(boundaries, boundaries[1:]):
+        if begin == end:
+            continue
+        epoch, steps = begin // steps_per_epoch, min(steps_per_epoch, end - begin)
+        held_out = None
+        if FLAGS.quality_data == "held_out":
+            # Readings so far decide where in the held-out data the next one is.
+            readings = begin // FLAGS.quality_every
+            held_out = datasets.quality_batches(data, FLAGS.batch_size, FLAGS.seed, start_batch=readings)
+        try:
+            model.fit(
+                datasets.train_batches(
+                    data, batch_size=FLAGS.batch_size, seed=FLAGS.seed, start_step=begin, total_steps=end
+                ).take(end - begin),
+                epochs=epoch + (end - begin) // steps,
+                initial_epoch=epoch,
+                steps_per_epoch=steps,
+                quality_data=held_out,
+                callbacks=callbacks,
+                verbose=0,
+            )
+        except FloatingPointError as error:
+            sys.exit(f"{error}\nThe last good checkpoint is in {run / 'checkpoints'}.")
+    return start
+
+
+def summarize(model, data, total: int) -> dict:
+    """Accuracies on the test split and costs: of the recipe, and of uniform formats with the same weights."""
+    cost = fliqs_tf.costs.NAMES[FLAGS.cost]
+    recipe = model.recipe()
+    final = model.deploy()
+    accuracy = settings.test_accuracy(final, data)
+    reference = [_reference(pathlib.Path(path)) for path in FLAGS.references]
+    examples = datasets.train_batches(data, batch_size=250, seed=FLAGS.seed, start_step=0, total_steps=32)
+    for fmt in _uniform_formats(model):
+        uniform = fliqs_tf.Recipe.uniform(model, fmt)
+        reference.append(
+            {
+                "name": f"uniform {fmt}, shared weights",
+                "accuracy": settings.test_accuracy(model.deploy(uniform, calibration_data=examples), data),
+                "cost": cost(model, uniform),
+            }
+        )
+    layers = []
+    for site in model.sites:
+        weight = recipe.formats.get(site.weight_decision, "FP32")
+        activation = recipe.formats.get(site.activation_decision, "FP32")
+        price = cost.layer(site, fliqs_tf.Format(weight), fliqs_tf.Format(activation)) / cost.per_unit
+        layers.append(
+            {
+                "name": site.path,
+                "decision": site.weight_decision,
+                "macs": site.macs,
+                "weights": site.weights,
+                "weight_format": weight,
+                "activation_format": activation,
+                "cost": price,
+            }
+        )
+    info = {
+        "cost": cost(model, recipe),
+        "cost_unit": cost.unit,
+        "target_cost": model.target_cost,
+        "accuracy": accuracy,
+        "reference": reference,
+        "steps": total,
+        "seed": FLAGS.seed,
+        "space": FLAGS.space,
+        "layers_table": layers,
+        "versions": versions(),
+        "flags": settings.flag_values(),
+        **recipe.info,
+    }
+    return {"recipe": fliqs_tf.Recipe(recipe.formats, recipe.tensors, recipe.layers, info), "final": final}
+
+
+def _uniform_formats(model) -> list[str]:
+    """The narrowest format of the menus, and the most precise one of 8 bits or fewer."""
+    menu = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
+    return list(dict.fromkeys(f.name for f in (menu[0], *[f for f in menu if f.bits <= 8][-1:])))
+
+
+def _reference(path: pathlib.Path) -> dict:
+    try:
+        result = json.loads((path / "result.json").read_text())
+        return {key: result[key] for key in ("name", "accuracy", "cost")}
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"--references: {path} is not a finished run of train.py ({error!r}).")
+
+
+def finish(model, run: RunDir, results: dict, start: int) -> None:
+    """Writes what the run leaves behind, and prints the tables."""
+    recipe, final = results["recipe"], results["final"]
+    final.save(run / "model.keras")
+    recipe.save(run / "recipe.json")
+    info = recipe.info
+    tables.print_tables(
+        tables.layers_table(info["layers_table"], cost_unit=info["cost_unit"]),
+        tables.results_table(
+            [{"name": "searched", "accuracy": info["accuracy"], "cost": info["cost"]}, *info["reference"]],
+            cost_unit=info["cost_unit"],
+            target=info["target_cost"],
+        ),
+    )
+    try:
+        report.write_report(run.path)
+        print(f"Pictures and report: {run / 'report.html'}")
+    except ImportError as error:
+        print(error)
+    print(f"Recipe: {run / 'recipe.json'}   model: {run / 'model.keras'}")
+
+
+if __name__ == "__main__":
+    app.run(main)

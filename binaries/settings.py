@@ -1,0 +1,88 @@
+"""Flags and set-up that search.py, train.py and evaluate.py share. The defaults are the digits run."""
+
+from __future__ import annotations
+
+import sys
+
+import tensorflow as tf
+from absl import flags
+
+import models
+from binaries import data as datasets
+from fliqs_tf._keras import keras
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_enum("dataset", "digits", sorted(datasets.AUGMENTATION), "Data set.")
+flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps fashion_mnist and cifar10.")
+flags.DEFINE_string("model", "resnet8", "Network; an unknown name lists the known ones.")
+flags.DEFINE_float("width", 1.0, "Multiplier of the network's filters.")
+flags.DEFINE_integer("batch_size", 64, "Examples per training step.", lower_bound=1)
+flags.DEFINE_float("holdout", 0.1, "Share of the training split that weights never see.", 0, 0.5)
+flags.DEFINE_integer("seed", 0, "Seed of weights, data order, augmentation and draws.", lower_bound=0)
+
+
+def define_training_flags() -> None:
+    """Flags of the binaries that train."""
+    flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<dataset>_<model>_<what>.")
+    flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in --run_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace the run in --run_dir.")
+    flags.DEFINE_bool("deterministic", False, "Same bits for the same seed, at some cost in speed.")
+    flags.DEFINE_integer("checkpoint_every_steps", 1000, "Steps between checkpoints.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 60, "Passes over the training data.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 0.1, "Peak rate; it falls to 0 by a cosine.", lower_bound=0)
+    flags.DEFINE_float("weight_decay", 5e-4, "Decoupled weight decay.", lower_bound=0)
+
+
+def set_up_process() -> None:
+    """Seeds, and determinism if asked for."""
+    keras.utils.set_random_seed(FLAGS.seed)
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
+
+
+def load_data() -> datasets.Data:
+    """The data set of the flags; a missing one ends the program with how to prepare it."""
+    try:
+        return datasets.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed, FLAGS.holdout)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def build_network(data: datasets.Data) -> keras.Model:
+    """The float network of the flags."""
+    try:
+        return models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, width=FLAGS.width)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def optimizer(total_steps: int) -> keras.optimizers.Optimizer:
+    """Stochastic gradient descent with momentum, its rate falling to 0 by a cosine."""
+    warm_up = max(1, total_steps // 20)
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, total_steps - warm_up, warmup_target=FLAGS.learning_rate, warmup_steps=warm_up
+    )
+    return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=FLAGS.weight_decay or None)
+
+
+def loss() -> keras.losses.Loss:
+    """Cross entropy of logits."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def test_accuracy(model: keras.Model, data: datasets.Data) -> float:
+    """Accuracy on the test split."""
+    model.compile(loss=loss(), metrics=["accuracy"], jit_compile=False)
+    return float(model.evaluate(datasets.eval_batches(data, "test", 250), verbose=0, return_dict=True)["accuracy"])
+
+
+def flag_values() -> dict:
+    """The flags of this program as they are set."""
+    own = {f.name for module in FLAGS.flags_by_module_dict() for f in _flags_of(module)}
+    return {name: FLAGS[name].value for name in sorted(own)}
+
+
+def _flags_of(module: str):
+    ours = module in (sys.argv[0], "__main__") or module.startswith("binaries") or module.endswith("settings")
+    return FLAGS.flags_by_module_dict()[module] if ours else []

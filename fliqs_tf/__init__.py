@@ -1,0 +1,33 @@
+"""FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
+
+from fliqs_tf import costs, rewards, schedules
+from fliqs_tf.callbacks import SearchCheckpoint, SearchLog
+from fliqs_tf.controller import Controller
+from fliqs_tf.formats import Format
+from fliqs_tf.quantized import Quantized
+from fliqs_tf.recipe import Recipe
+from fliqs_tf.rounding import fake_quant
+from fliqs_tf.search import SearchModel, wrap
+from fliqs_tf.space import PRESETS, Space
+from fliqs_tf.wrapping import Rule, apply
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Controller",
+    "Format",
+    "Quantized",
+    "Recipe",
+    "Rule",
+    "SearchCheckpoint",
+    "SearchLog",
+    "SearchModel",
+    "Space",
+    "apply",
+    "costs",
+    "fake_quant",
+    "rewards",
+    "schedules",
+    "wrap",
+]

@@ -1,0 +1,73 @@
+"""Which Keras this process has: the one place that looks.
+
+`tf.keras` is Keras 3 unless TF_USE_LEGACY_KERAS=1 makes it tf_keras. Every module of the package takes `keras`
+from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+import tensorflow as tf
+
+# The package itself, not the `tf.keras` view of it, which leaves out parts (keras.saving, keras.StatelessScope).
+keras = importlib.import_module(tf.keras.Model.__module__.split(".")[0])
+IS_KERAS_3 = keras.__name__ == "keras"
+NAME = f"Keras {keras.__version__}" if IS_KERAS_3 else f"tf_keras {keras.__version__}"
+
+
+def check_model(model) -> None:
+    """Raises unless `model` is a model of this process's `tf.keras`.
+
+    Raises:
+      TypeError: Says which Keras the model is of and how to switch.
+    """
+    if isinstance(model, keras.Model):
+        return
+    modules = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    if "keras" in modules or "tf_keras" in modules:
+        other = "Keras 3 (`import keras`)" if "keras" in modules else "tf_keras (Keras 2)"
+        switch = (
+            "unset TF_USE_LEGACY_KERAS before Python starts"
+            if not IS_KERAS_3
+            else "set TF_USE_LEGACY_KERAS=1 before Python starts"
+        )
+        raise TypeError(
+            f"The model {getattr(model, 'name', '')!r} is a model of {other}, but tf.keras is {NAME} here. "
+            f"Build it with tf.keras, or {switch}."
+        )
+    raise TypeError(f"Expected a tf.keras model, got {type(model).__name__}.")
+
+
+def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0, averaged: bool = False):
+    """A variable that the optimizer leaves alone, the same number under both Kerases.
+
+    Args:
+      layer: The layer that owns it.
+      name, shape, dtype: As for `add_weight`. Mixed precision does not change the dtype.
+      initial: Value of every entry.
+      averaged: Replicas of a distribution strategy assign different values; readers get their mean.
+    """
+    options = {"name": name, "shape": shape, "dtype": dtype, "trainable": False}
+    options["initializer"] = keras.initializers.Constant(initial)
+    if IS_KERAS_3:
+        return layer.add_weight(**options, autocast=False, aggregation="mean" if averaged else "only_first_replica")
+    aggregation = tf.VariableAggregation.MEAN if averaged else tf.VariableAggregation.ONLY_FIRST_REPLICA
+    return layer.add_weight(**options, experimental_autocast=False, aggregation=aggregation)
+
+
+@contextlib.contextmanager
+def substituted(layer, attribute: str, tensor):
+    """Within it, `layer.call` sees `tensor` where it would read the variable `layer.<attribute>`."""
+    variable = getattr(layer, attribute)
+    if IS_KERAS_3:
+        with keras.StatelessScope(state_mapping=[(variable, tensor)]):
+            yield
+    else:
+        # tf_keras has no such scope: the attribute is set and put back, past the attribute tracking.
+        object.__setattr__(layer, attribute, tensor)
+        try:
+            yield
+        finally:
+            object.__setattr__(layer, attribute, variable)

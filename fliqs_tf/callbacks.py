@@ -1,0 +1,137 @@
+"""Keras callbacks for a search: what it did, as TensorBoard events and as lines of JSON, and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import checkpoints
+from fliqs_tf._keras import keras
+
+
+class SearchLog(keras.callbacks.Callback):
+    """Writes the course of a search.
+
+    Every `every` steps a line of `metrics.jsonl`: step, loss, metrics, reward, baseline, quality, expected_cost,
+    target_cost, entropy, beta_h, switch_rate, and probabilities {decision: [one per option]}. The same goes to
+    TensorBoard, probabilities as scalars `probabilities/<decision>/<format>`. Validation metrics make a line of
+    their own at the end of an epoch.
+
+    Args:
+      directory: Where `metrics.jsonl` and the event files go.
+      every: Steps between two lines. None: a 200th of the search.
+    """
+
+    def __init__(self, directory: str | os.PathLike, every: int | None = None):
+        super().__init__()
+        self.directory, self.every = pathlib.Path(directory), every
+        self.file = self.writer = None
+
+    def on_train_begin(self, logs=None):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.directory / "metrics.jsonl", "a")
+        self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
+        self.step = int(self.model.controller.step)
+        total = int(self.model.controller.total_steps)
+        self.interval = self.every or max(1, total // 200)
+        self.start = time.monotonic()
+        self._write(self.step, {})
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.last_batch = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        before, self.step = self.step, self.step + batch - self.last_batch
+        self.last_batch = batch
+        if self.step // self.interval > before // self.interval:
+            self._write(self.step, logs or {})
+
+    def on_epoch_end(self, epoch, logs=None):
+        validation = {k: float(v) for k, v in (logs or {}).items() if k.startswith("val_")}
+        if validation:
+            self._line({"step": self.step, "epoch": epoch + 1, **validation})
+            with self.writer.as_default(step=self.step):
+                for name, value in validation.items():
+                    tf.summary.scalar(name, value)
+
+    def on_train_end(self, logs=None):
+        self._write(self.step, {})
+        self.file.close()
+        self.writer.close()
+
+    def _write(self, step: int, logs: dict):
+        model = self.model
+        probabilities = np.asarray(model.controller.probabilities(), np.float64)
+        reward, baseline, quality, beta = (float(v) for v in np.asarray(model.readout))
+        values = {
+            **{k: float(v) for k, v in logs.items() if k not in ("reward", "cost", "entropy")},
+            "reward": reward,
+            "baseline": baseline,
+            "quality": quality,
+            "beta_h": beta,
+            "expected_cost": float(model.cost_table.expected(tf.constant(probabilities, tf.float32))),
+            "target_cost": model.target_cost,
+            "entropy": float(model.controller.entropy()),
+        }
+        rows = {d.name: probabilities[i, : len(d.options)].tolist() for i, d in enumerate(model.decisions)}
+        self._line(
+            {
+                "step": step,
+                "seconds": round(time.monotonic() - self.start, 3),
+                **values,
+                "probabilities": {name: [round(p, 5) for p in row] for name, row in rows.items()},
+            }
+        )
+        with self.writer.as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+            for decision, row in zip(model.decisions, rows.values()):
+                for option, probability in zip(decision.options, row):
+                    tf.summary.scalar(f"probabilities/{decision.name}/{option}", probability)
+
+    def _line(self, row: dict):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+class SearchCheckpoint(keras.callbacks.Callback):
+    """Saves the whole state of a search every few steps, see `checkpoints.save`.
+
+    Args:
+      directory: Where the files go.
+      every_steps: Steps between two checkpoints.
+      keep: How many stay.
+    """
+
+    def __init__(self, directory: str | os.PathLike, every_steps: int, keep: int = 3):
+        super().__init__()
+        if every_steps < 1 or keep < 1:
+            raise ValueError(f"every_steps and keep must be 1 or more, got {every_steps} and {keep}.")
+        self.directory, self.every_steps, self.keep = directory, every_steps, keep
+
+    def on_train_begin(self, logs=None):
+        self.step = self.saved = int(self.model.controller.step)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.last_batch = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        before, self.step = self.step, self.step + batch - self.last_batch
+        self.last_batch = batch
+        if self.step // self.every_steps > before // self.every_steps:
+            self._save()
+
+    def on_train_end(self, logs=None):
+        if self.step > self.saved:
+            self._save()
+
+    def _save(self):
+        if int(self.model.bad_step) >= 0:
+            return  # not over a good one
+        checkpoints.save(self.directory, self.model, self.step, keep=self.keep)
+        self.saved = self.step

@@ -1,0 +1,119 @@
+"""Checkpoints of a search: every variable, whole or not there, newest few kept, damage noticed.
+
+A file holds the magic word, the SHA-256 of the rest, a JSON header (step, shapes, dtypes) and the raw values of the
+model's and its optimizer's variables in their order. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import struct
+
+import numpy as np
+import tensorflow as tf
+
+_LOG = logging.getLogger("fliqs_tf")
+_MAGIC = b"FLIQSCK1"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_LENGTH = struct.Struct("<Q")
+
+
+def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pathlib.Path:
+    """Writes `directory/step-00001200.ckpt` and removes all but the newest `keep`.
+
+    Args:
+      directory: Made if it is not there.
+      model: A compiled model; its optimizer's variables are saved too.
+      step: Training steps done.
+      keep: How many files stay.
+
+    Raises:
+      OSError: No space or no permission; the files that were there are untouched.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = [np.asarray(v) for v in _variables(model)]
+    header = json.dumps({"step": step, "arrays": [[list(a.shape), a.dtype.name] for a in arrays]}).encode()
+    chunks = [_LENGTH.pack(len(header)), header, *(a.tobytes() for a in arrays)]
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    path = directory / f"step-{step:08d}.ckpt"
+    temporary = directory / f".{path.name}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines([_MAGIC, digest.digest(), *chunks])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    for old in files(directory)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def files(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """The checkpoints of a directory, oldest first."""
+    return sorted(pathlib.Path(directory).glob("step-*.ckpt"))
+
+
+def restore_newest(directory: str | os.PathLike, model) -> int | None:
+    """Restores the newest checkpoint that is whole; damaged ones are passed over with a warning.
+
+    Returns:
+      Its step, or None if there is no whole checkpoint.
+
+    Raises:
+      ValueError: A whole checkpoint is of another model.
+    """
+    for path in reversed(files(directory)):
+        try:
+            header, data = _read(path)
+        except ValueError as error:
+            _LOG.warning("%s; taking the one before.", error)
+            continue
+        _restore(path, header, data, model)
+        return int(header["step"])
+    return None
+
+
+def _read(path: pathlib.Path) -> tuple[dict, memoryview]:
+    content = path.read_bytes()
+    start = len(_MAGIC) + _DIGEST_BYTES
+    if content[: len(_MAGIC)] != _MAGIC or hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
+        raise ValueError(f"Checkpoint {path} is damaged")
+    (length,) = _LENGTH.unpack_from(content, start)
+    start += _LENGTH.size
+    return json.loads(content[start : start + length]), memoryview(content)[start + length :]
+
+
+def _restore(path, header, data, model) -> None:
+    variables = _variables(model)
+    found = [(tuple(shape), dtype) for shape, dtype in header["arrays"]]
+    expected = [(tuple(v.shape), tf.as_dtype(v.dtype).name) for v in variables]
+    if found != expected:
+        raise ValueError(
+            f"Checkpoint {path} is of another model, optimizer or space: it holds {len(found)} variables, "
+            f"{len(expected)} are expected, or their shapes differ. Use the flags of the run that wrote it."
+        )
+    offset = 0
+    for variable, (shape, name) in zip(variables, found):
+        dtype = tf.as_dtype(name).as_numpy_dtype
+        count = int(np.prod(shape, dtype=np.int64))
+        variable.assign(np.frombuffer(data, dtype, count, offset).reshape(shape))
+        offset += count * np.dtype(dtype).itemsize
+
+
+def _variables(model) -> list:
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return list(model.variables)
+    optimizer.build(model.trainable_variables)
+    own = optimizer.variables
+    return [*model.variables, *(own() if callable(own) else own)]

@@ -1,0 +1,252 @@
+"""Costs: what a network with given formats costs. Exact integers per layer, summed.
+
+A `Cost` prices one layer from its MACs, its weights and its two formats; the cost of a network is the sum. Called
+with a model and formats it gives the total in its unit:
+
+    fliqs_tf.costs.bops(model, "INT4")         # a format for every quantized layer
+    fliqs_tf.costs.bops(qmodel, recipe)        # a recipe
+    fliqs_tf.costs.bops(qmodel.deploy())       # a model whose formats are fixed
+
+Layers that stay in float count as FP32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import trace
+from fliqs_tf.formats import Format
+from fliqs_tf.quantized import Quantized
+from fliqs_tf.recipe import Recipe
+
+FLOAT = Format("FP32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One layer with a kernel, as a cost sees it.
+
+    Attributes:
+      path: Layer path, "encoder/conv1".
+      macs: Multiply-adds per example, over all calls.
+      weights: Kernel entries.
+      weight_formats, activation_formats: Menus as names; ("FP32",) for what stays in float.
+      weight_decision, activation_decision: Names of the decisions; None for what stays in float.
+    """
+
+    path: str
+    macs: int
+    weights: int
+    weight_formats: tuple[str, ...] = (FLOAT.name,)
+    activation_formats: tuple[str, ...] = (FLOAT.name,)
+    weight_decision: str | None = None
+    activation_decision: str | None = None
+
+
+def sites(model, input_shape=None) -> list[Site]:
+    """The layers of a model that a cost counts, in network order.
+
+    Args:
+      model: A wrapped, deployed or plain Keras model. In a plain one every quantizable layer is a site that
+        may take any format; in a quantized one layers that are not quantized stay in FP32.
+      input_shape: See `trace.trace`.
+    """
+    if hasattr(model, "sites"):
+        return model.sites
+    owners = {id(layer.layer): layer for _, layer in trace.walk(model) if isinstance(layer, Quantized)}
+    return [_site(traced, owners.get(id(traced.layer)), plain=not owners) for traced in trace.trace(model, input_shape)]
+
+
+def _site(traced: trace.TracedLayer, quantized: Quantized | None, plain: bool) -> Site:
+    if quantized is None:
+        name = traced.path if plain else None
+        return Site(traced.path, traced.macs, traced.weights, weight_decision=name, activation_decision=name)
+    activations = quantized.activation_quantizer
+    return Site(
+        traced.path,
+        traced.macs,
+        traced.weights,
+        quantized.weight_quantizers[0].space.names,
+        activations.space.names if activations is not None else (FLOAT.name,),
+        quantized.weight_decision,
+        quantized.activation_decision if activations is not None else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A price per layer and a unit.
+
+    Attributes:
+      name: What is counted.
+      unit: Unit of the total.
+      per_unit: Layer prices are divided by this for the total.
+      layer: (site, weight format, activation format) -> price of the layer; a whole number if it is to be exact.
+    """
+
+    name: str
+    unit: str
+    per_unit: int
+    layer: Callable[[Site, Format, Format], int]
+
+    def __call__(self, model, formats: Recipe | Format | str | None = None) -> float:
+        """Total cost of a model in `unit`.
+
+        Args:
+          model: A wrapped, deployed or plain Keras model.
+          formats: A recipe, or one format for every quantized layer. None: the formats of a deployed model, or the
+            most likely ones of a wrapped model.
+
+        Raises:
+          ValueError: The recipe does not fit the model.
+        """
+        priced = sites(model)
+        if formats is None and hasattr(model, "recipe"):
+            formats = model.recipe()
+        pairs = [_formats_of(site, formats, getattr(model, "name", "")) for site in priced]
+        return sum(self.layer(site, w, a) for site, (w, a) in zip(priced, pairs)) / self.per_unit
+
+
+def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
+    def pick(decision, menu):
+        if decision is None:
+            return FLOAT
+        if formats is None:
+            return Format(menu[0])
+        if not isinstance(formats, Recipe):
+            return Format(formats)
+        if decision not in formats.formats:
+            raise ValueError(f"The recipe has no format for {decision!r} of model {model_name!r}.")
+        return Format(formats.formats[decision])
+
+    return pick(site.weight_decision, site.weight_formats), pick(site.activation_decision, site.activation_formats)
+
+
+bops = Cost("BOPs", "GBOPs", 10**9, lambda site, w, a: site.macs * w.bits * a.bits)
+"""Bit operations: sum of MACs * weight bits * activation bits, in GBOPs per example (arXiv 2308.03290)."""
+
+memory = Cost("memory", "MiB", 8 * 2**20, lambda site, w, a: site.weights * w.bits)
+"""Size of the kernels: sum of weights * weight bits, in MiB."""
+
+NAMES = {"bops": bops, "memory": memory}
+
+
+class CostTable:
+    """A cost over samples: every price that a search can meet, computed once.
+
+    The total is a constant (fixed layers), plus a table per decision (layers whose weights and input follow the
+    same decision, or of which one is fixed), plus a matrix per pair of decisions (weights and input apart).
+
+    Args:
+      cost: What to count.
+      sites: Layers, see `sites`.
+      decisions: [(name, menu names)], in the order of a sample's entries.
+    """
+
+    def __init__(self, cost: Cost, sites: Sequence[Site], decisions: Sequence[tuple[str, Sequence[str]]]):
+        index = {name: i for i, (name, _) in enumerate(decisions)}
+        menus = [[Format(f) for f in menu] for _, menu in decisions]
+        self.unit, self.names = cost.unit, list(index)
+        self.per_unit = cost.per_unit
+        width = max(len(menu) for menu in menus)
+        self.constant = 0
+        # Python integers and int64 keep BOPs exact, where float32 would lose digits.
+        self.tables = np.zeros((len(menus), width), np.int64 if cost.name in ("BOPs", "memory") else np.float64)
+        self.pairs: dict[tuple[int, int], np.ndarray] = {}
+        for site in sites:
+            w, a = index.get(site.weight_decision), index.get(site.activation_decision)
+            weight_menu = menus[w] if w is not None else [Format(f) for f in site.weight_formats]
+            input_menu = menus[a] if a is not None else [Format(f) for f in site.activation_formats]
+            prices = [[cost.layer(site, f, g) for g in input_menu] for f in weight_menu]
+            if w is None and a is None:
+                self.constant += prices[0][0]
+            elif w == a:
+                self.tables[w, : len(weight_menu)] += np.diag(np.array(prices))
+            elif a is None:
+                self.tables[w, : len(weight_menu)] += np.array(prices)[:, 0]
+            elif w is None:
+                self.tables[a, : len(input_menu)] += np.array(prices)[0]
+            else:
+                matrix = self.pairs.setdefault((w, a), np.zeros((width, width), self.tables.dtype))
+                matrix[: len(weight_menu), : len(input_menu)] += np.array(prices)
+        self.sizes = [len(menu) for menu in menus]
+
+    def of_samples(self, samples) -> np.ndarray:
+        """Exact cost of samples. Args: int array [m, decisions]. Returns: float64 [m], in the unit."""
+        samples = np.atleast_2d(np.asarray(samples))
+        total = self.constant + self.tables[np.arange(len(self.sizes)), samples].sum(axis=1)
+        for (w, a), matrix in self.pairs.items():
+            total = total + matrix[samples[:, w], samples[:, a]]
+        return total / self.per_unit
+
+    def expected(self, probabilities: tf.Tensor) -> tf.Tensor:
+        """Expected cost of independent decisions. Args: float32 [decisions, options]. Returns: scalar, in the unit."""
+        total = self.constant / self.per_unit + tf.reduce_sum(
+            probabilities * tf.constant(self.tables / self.per_unit, tf.float32)
+        )
+        if self.pairs:
+            rows, columns = (list(side) for side in zip(*self.pairs))
+            matrices = tf.constant(np.stack(list(self.pairs.values())) / self.per_unit, tf.float32)
+            total += tf.einsum("pi,pij,pj->", tf.gather(probabilities, rows), matrices, tf.gather(probabilities, columns))
+        return total
+
+    def reachable(self) -> tuple[float, float]:
+        """Least and greatest cost of any sample, in the unit."""
+        return self._extreme(np.argmin), self._extreme(np.argmax)
+
+    def _extreme(self, best) -> float:
+        """Decision by decision until nothing changes: exact when decisions price layers of their own, and for any
+        cost that rises with each format on its own, as BOPs and memory do."""
+        sample = np.array([best(self.tables[d, :n]) for d, n in enumerate(self.sizes)])
+        for _ in range(2 + len(self.sizes)):
+            before = sample.copy()
+            for d, n in enumerate(self.sizes):
+                options = np.repeat(sample[None], n, axis=0)
+                options[:, d] = np.arange(n)
+                sample[d] = best(self.of_samples(options))
+            if (sample == before).all():
+                break
+        return float(self.of_samples(sample)[0])
+
+
+def target(text: str | float, model_cost: Callable[[str], float], unit: str, reachable: tuple[float, float]) -> float:
+    """A target cost in the cost's unit.
+
+    Args:
+      text: A number in the unit, or "0.25x INT8": relative to every quantized layer in one format.
+      model_cost: format name -> cost of that uniform network.
+      unit: For messages.
+      reachable: Least and greatest cost of the search space.
+
+    Raises:
+      ValueError: Not a number, or out of reach; prints the reachable range.
+    """
+    value: Any = text
+    if isinstance(text, str):
+        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?:[x*]\s*([A-Za-z0-9]+))?\s*", text)
+        try:
+            value = float(match[1])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"target_cost must be a number in {unit} or relative to a uniform format, such as '0.25x INT8'; "
+                f"got {text!r}."
+            ) from None
+        if match[2]:
+            value *= model_cost(Format(match[2]).name)
+    low, high = reachable
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+        raise ValueError(f"target_cost must be a number in {unit} or a text such as '0.25x INT8', got {text!r}.")
+    slack = 1e-6 * high
+    if not low - slack <= value <= high + slack:
+        given = f" ({text!r})" if isinstance(text, str) else ""
+        raise ValueError(
+            f"target_cost {value:.6g} {unit}{given} is out of reach: the formats of this search cost from {low:.6g} to "
+            f"{high:.6g} {unit}."
+        )
+    return float(value)

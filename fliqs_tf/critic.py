@@ -1,0 +1,268 @@
+"""The critic: what each option of each decision does to quality, learned from noisy readings of whole samples.
+
+Model: quality of sample a read on batch t is
+
+    y = level_t + sum_d effect[d, a_d] + noise,    effect = scale * (-(10 z_mean + z_d) * profile[d, o] + residual[d, o] * z_do)
+
+with all z standard normal a priori. `profile` is the noise power of the formats, known before anything is learned, so
+z_d is the sensitivity of decision d, z_mean what all decisions share, and z_do how option o departs from the profile.
+Level_t takes up the noise of the batch and the progress of training: readings on one batch are centred, a single
+reading is compared with a running mean.
+
+The posterior mean is the solution of (I + kappa A'GA) z = (scale / noise) A'b with the Gram matrix G = sum w x x',
+b = sum w x y of centred one-hot features x. It is kept up to date by a few conjugate gradient steps per update,
+started from the last solution. scale and noise are estimated by expectation-maximization with a diagonal
+approximation of the posterior variance, so that multiplying quality by a constant multiplies the effects by it and
+changes nothing else. Weights grow in proportion to time (w_i ~ i): effects that drift while the network trains are
+followed, and in a still landscape it costs a quarter of the data's information.
+
+Everything here is a pure function of tensors with static shapes. D decisions, N options (padded), k readings.
+Source: ours; method.md section 4 has the first simulation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+# Prior standard deviation of what all decisions share, in units of what tells them apart.
+_MEAN_SD = 10.0
+# Residuals have prior standard deviation 0.3 * sqrt(profile): the 4-bit options are known to a third of their effect,
+# while the noise of 8-bit options may be many times what the profile says before the data are not believed.
+_RESIDUAL = 0.3
+# Single readings: momentum of the running mean that stands for the level.
+_LEVEL_MOMENTUM = 0.9
+# Readings further off than 3 running deviations are weighted down (a batch that blew up is no Gaussian noise).
+_OUTLIER = 9.0
+
+
+class State(NamedTuple):
+    """What the critic has learned; float32 tensors.
+
+    Attributes:
+      gram: [D*N, D*N]; sum of w x x'.
+      moment: [D*N]; sum of w x y.
+      information: [1 + D + D*N]; diagonal of A'GA, for the preconditioner and the posterior variance.
+      square, count: []; sums of w y^2 and w.
+      updates: []; number of updates.
+      level, features: [], [D*N]; running means of quality and of one-hot samples (biased towards 0).
+      surprise: []; running mean square of what the critic did not predict.
+      z: [1 + D + D*N]; posterior mean in units of the prior.
+      scale, noise: []; squared: prior variance of the effects, variance of a centred reading. 0 = not known yet.
+      effects: [D, N]; posterior mean in units of quality, padding 0.
+    """
+
+    gram: tf.Tensor
+    moment: tf.Tensor
+    information: tf.Tensor
+    square: tf.Tensor
+    count: tf.Tensor
+    updates: tf.Tensor
+    level: tf.Tensor
+    features: tf.Tensor
+    surprise: tf.Tensor
+    z: tf.Tensor
+    scale: tf.Tensor
+    noise: tf.Tensor
+    effects: tf.Tensor
+
+
+def state_shapes(decisions: int, options: int) -> State:
+    """Shapes of a `State`; all entries start at 0."""
+    p = decisions * options
+    z = 1 + decisions + p
+    return State((p, p), (p,), (z,), (), (), (), (), (p,), (), (z,), (), (), (decisions, options))
+
+
+class Prior(NamedTuple):
+    """What is believed before the first reading.
+
+    Attributes:
+      profile: float32 [D, N]; expected loss of an option as a share of the worst option's, 0 = unknown.
+      residual: float32 [D, N]; prior standard deviation of the rest, 0 for padding.
+    """
+
+    profile: np.ndarray
+    residual: np.ndarray
+
+
+def make_prior(noise_power: np.ndarray | None, mask: np.ndarray) -> Prior:
+    """The prior from the noise power of the formats.
+
+    Args:
+      noise_power: [D, N], relative noise power per option, None = nothing is known.
+      mask: bool [D, N], False for padding.
+    """
+    if noise_power is None or not (noise_power * mask).any():
+        return Prior(np.zeros(mask.shape, np.float32), mask.astype(np.float32))
+    profile = np.where(mask, noise_power, 0.0) / np.where(mask, noise_power, 0.0).max()
+    return Prior(profile.astype(np.float32), (_RESIDUAL * np.sqrt(profile)).astype(np.float32))
+
+
+def _to_effects(z: tf.Tensor, prior: Prior) -> tf.Tensor:
+    """A z: [Z] -> [D, N], without the scale."""
+    decisions, options = prior.profile.shape
+    sensitivity = _MEAN_SD * z[0] + z[1 : decisions + 1]
+    rest = tf.reshape(z[decisions + 1 :], [decisions, options])
+    return prior.residual * rest - sensitivity[:, None] * prior.profile
+
+
+def _to_z(effects: tf.Tensor, prior: Prior) -> tf.Tensor:
+    """A' e: [k, D, N] -> [k, Z]."""
+    decisions, options = prior.profile.shape
+    by_decision = -tf.reduce_sum(effects * prior.profile, axis=2)
+    rest = tf.reshape(effects * prior.residual, [-1, decisions * options])
+    return tf.concat([_MEAN_SD * tf.reduce_sum(by_decision, axis=1, keepdims=True), by_decision, rest], axis=1)
+
+
+def observe(state: State, samples: tf.Tensor, quality: tf.Tensor, prior: Prior) -> State:
+    """Adds the readings of one batch to the sums. Readings that are not finite are left out, with their batch.
+
+    Args:
+      state: What was learned before.
+      samples: int32 [k, D].
+      quality: float32 [k], read on one batch.
+      prior: See `Prior`.
+    """
+    decisions, options = prior.profile.shape
+    readings = samples.shape[0]
+    size = decisions * options
+    finite = tf.reduce_all(tf.math.is_finite(quality))
+    quality = tf.where(finite, quality, tf.zeros_like(quality))
+    x = tf.reshape(tf.one_hot(samples, options), [readings, size])
+    mean_quality, mean_x = tf.reduce_mean(quality), tf.reduce_mean(x, axis=0)
+    seen = 1.0 - _LEVEL_MOMENTUM**state.updates  # takes the bias of the zero start out of the running means
+    if readings > 1:
+        centred_x, centred_y, usable = x - mean_x, quality - mean_quality, finite
+    else:
+        usable = tf.logical_and(finite, state.updates > 0)
+        centred_x = x - tf.math.divide_no_nan(state.features, seen)
+        centred_y = quality - tf.math.divide_no_nan(state.level, seen)
+    degrees = tf.cast(max(readings - 1, 1), tf.float32)
+    missed = centred_y - tf.linalg.matvec(centred_x, tf.reshape(state.effects, [size]))
+    surprise = tf.reduce_sum(missed**2) / degrees
+    known = tf.math.divide_no_nan(state.surprise, seen)
+    limit = tf.where(state.updates > 4, _OUTLIER * known, surprise)
+    weight = tf.where(usable, tf.math.divide_no_nan(limit, tf.maximum(surprise, limit)), 0.0)
+    keep = tf.where(usable, state.updates / (state.updates + 1.0), 1.0)
+
+    weighted = weight * centred_x
+    in_z = _to_z(tf.reshape(centred_x, [readings, decisions, options]), prior)
+    average = lambda old, new: old + tf.where(finite, 1.0 - _LEVEL_MOMENTUM, 0.0) * (new - old)
+    return state._replace(
+        gram=keep * state.gram + tf.matmul(weighted, centred_x, transpose_a=True),
+        moment=keep * state.moment + tf.linalg.matvec(weighted, centred_y, transpose_a=True),
+        information=keep * state.information + weight * tf.reduce_sum(in_z**2, axis=0),
+        square=keep * state.square + weight * tf.reduce_sum(centred_y**2),
+        count=keep * state.count + weight * degrees,
+        updates=state.updates + tf.cast(finite, tf.float32),
+        level=average(state.level, mean_quality),
+        features=average(state.features, mean_x),
+        surprise=average(state.surprise, tf.minimum(surprise, limit)),
+    )
+
+
+def level(state: State) -> tf.Tensor:
+    """Running mean of quality, a scalar."""
+    return tf.math.divide_no_nan(state.level, 1.0 - _LEVEL_MOMENTUM**state.updates)
+
+
+def _variances(state: State, prior: Prior) -> tuple[tf.Tensor, tf.Tensor]:
+    """(scale, noise), or a first guess: half of the variance of the readings is signal."""
+    variance = tf.math.divide_no_nan(state.square, state.count)
+    each = tf.reduce_sum(_own(state.information, prior)) / tf.maximum(state.count, 1e-30)
+    guess = tf.math.divide_no_nan(0.5 * variance, each)
+    # The floor keeps the system solvable when readings have no noise at all.
+    floor = 1e-4 * variance + 1e-30
+    noise = tf.where(state.noise > 0, state.noise, variance)
+    return tf.where(state.scale > 0, state.scale, guess) + 1e-30, tf.maximum(noise, floor)
+
+
+def _own(vector: tf.Tensor, prior: Prior) -> tf.Tensor:
+    """The entries of a [Z] vector that tell the scale: sensitivities, or residuals if there is no profile."""
+    decisions = prior.profile.shape[0]
+    if prior.profile.any():
+        return vector[1 : decisions + 1]
+    return tf.boolean_mask(vector[decisions + 1 :], (prior.residual > 0).ravel())
+
+
+def solve(state: State, prior: Prior, iterations: int = 8) -> State:
+    """Brings effects, scale and noise up to date with the sums.
+
+    Args:
+      state: From `observe`.
+      prior: See `Prior`.
+      iterations: Conjugate gradient steps; they start from the last solution.
+    """
+    decisions, options = prior.profile.shape
+    size = decisions * options
+    scale, noise = _variances(state, prior)
+    kappa = scale / noise
+    preconditioner = 1.0 / (1.0 + kappa * state.information)
+
+    def adjoint(effects):
+        return _to_z(tf.reshape(effects, [1, decisions, options]), prior)[0]
+
+    def system(z):
+        effects = tf.reshape(_to_effects(z, prior), [size])
+        return z + kappa * adjoint(tf.linalg.matvec(state.gram, effects))
+
+    z = state.z
+    r = tf.sqrt(scale) / noise * adjoint(state.moment) - system(z)
+    direction = preconditioner * r
+    rho = tf.tensordot(r, direction, 1)
+
+    def step(i, z, r, direction, rho):
+        image = system(direction)
+        alpha = tf.math.divide_no_nan(rho, tf.tensordot(direction, image, 1))
+        z, r = z + alpha * direction, r - alpha * image
+        smoothed = preconditioner * r
+        new_rho = tf.tensordot(r, smoothed, 1)
+        return i + 1, z, r, smoothed + tf.math.divide_no_nan(new_rho, rho) * direction, new_rho
+
+    z = tf.while_loop(
+        lambda i, *_: i < iterations, step, (0, z, r, direction, rho), maximum_iterations=iterations, parallel_iterations=1
+    )[1]
+    effects = tf.sqrt(scale) * _to_effects(z, prior)
+    flat = tf.reshape(effects, [size])
+    # Expectation-maximization. Entries that the data say nothing of have z = 0, variance 1, and do not move the scale.
+    new_scale = scale * tf.reduce_mean(_own(z**2 + preconditioner, prior))
+    error = state.square - 2.0 * tf.tensordot(flat, state.moment, 1)
+    error += tf.tensordot(flat, tf.linalg.matvec(state.gram, flat), 1)
+    # Degrees of freedom used up; the diagonal approximation may count one twice, hence the bound.
+    used = tf.minimum(tf.reduce_sum(1.0 - preconditioner), 0.5 * state.count)
+    new_noise = tf.math.divide_no_nan(tf.maximum(error, 0.0) + noise * used, state.count)
+    learned = state.count > 0
+    return state._replace(
+        z=tf.where(learned, z * tf.sqrt(scale / (new_scale + 1e-30)), z),
+        scale=tf.where(learned, new_scale, 0.0),
+        noise=tf.where(learned, new_noise, 0.0),
+        effects=tf.where(learned, effects, tf.zeros_like(effects)),
+    )
+
+
+def solve_exactly(state: State, prior: Prior) -> np.ndarray:
+    """Effects by a direct solution in float64, on the host; for the decision.
+
+    Args:
+      state: NumPy arrays.
+
+    Returns:
+      float64 [D, N]. Before the first reading: minus the profile.
+    """
+    if not state.count > 0:
+        return -prior.profile.astype(np.float64)
+    state = State(*(np.asarray(x, np.float64) for x in state))
+    scale, noise = max(float(state.scale), 1e-30), max(float(state.noise), 1e-4 * float(state.square / state.count), 1e-30)
+    decisions, options = prior.profile.shape
+    # The covariance of the effects, which is all that A is needed for: e = K (K G / noise + 1)^-1 b / noise.
+    profile, residual = prior.profile.astype(np.float64), prior.residual.astype(np.float64)
+    covariance = _MEAN_SD**2 * np.outer(profile, profile)
+    for d in range(decisions):
+        rows = slice(d * options, (d + 1) * options)
+        covariance[rows, rows] += np.outer(profile[d], profile[d]) + np.diag(residual[d] ** 2)
+    covariance *= scale
+    system = covariance @ state.gram / noise + np.eye(decisions * options)
+    return np.linalg.solve(system, covariance @ state.moment / noise).reshape(decisions, options)

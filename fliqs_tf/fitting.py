@@ -1,0 +1,167 @@
+"""What `fit` does around Keras' training loop: count the steps, read quality, take the decision, tidy up."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import normalization
+from fliqs_tf._keras import keras
+
+_LOG = logging.getLogger("fliqs_tf")
+# Batches from which moving averages are estimated: 32 batches of 64 give their means to about 2 % of a deviation.
+_ESTIMATION_BATCHES = 32
+# A non-finite loss is noticed within so many steps; the variable it is noticed by remembers the exact one.
+_CHECK_EVERY = 16
+
+
+def fit(model, keras_fit, x, y, args, kwargs, quality_data):
+    """See `SearchModel.fit`."""
+    arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
+    start = int(model.controller.step)
+    total = _total_steps(model, arguments, start)
+    model.configure_controller(total, held_out=quality_data is not None)
+    batch_size = arguments.get("batch_size") or 32
+    loop = _SearchLoop(model, start, None if quality_data is None else _endless(quality_data, batch_size))
+    arguments["callbacks"] = [loop, *_as_list(arguments.get("callbacks"))]
+    model.__dict__["_training_inputs"] = (x, batch_size)
+    history = keras_fit(**arguments)
+    model.use_sample()
+    if model.stop_training or int(model.controller.step) >= total:
+        # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
+        normalization.reestimate(model.network, inputs_of((x, batch_size)))
+    return history
+
+
+def _total_steps(model, arguments, start: int) -> int:
+    if model._search["steps"]:
+        return model._search["steps"]
+    known = int(model.controller.total_steps)
+    first_epoch = arguments.get("initial_epoch") or 0
+    if start and start >= known > 0 and not first_epoch:
+        _LOG.info("The search ended at step %d: this fit trains the weights, the formats stay.", known)
+        return known
+    per_epoch = _steps_per_epoch(arguments)
+    if per_epoch is None:
+        raise ValueError(
+            "The length of the training data is not known, so neither is that of the search. Give fit steps_per_epoch, "
+            "or compile search_steps."
+        )
+    epochs = arguments.get("epochs", 1)
+    return per_epoch * epochs if first_epoch or not start else start + per_epoch * epochs
+
+
+def _steps_per_epoch(arguments) -> int | None:
+    if arguments.get("steps_per_epoch"):
+        return int(arguments["steps_per_epoch"])
+    x = arguments["x"]
+    if isinstance(x, tf.data.Dataset):
+        size = int(x.cardinality())
+        return size if size >= 0 else None
+    arrays = [a for a in tf.nest.flatten(x) if hasattr(a, "shape")]
+    if arrays:
+        examples = arrays[0].shape[0] * (1 - (arguments.get("validation_split") or 0))
+        return math.ceil(int(examples) / (arguments.get("batch_size") or 32))
+    return len(x) if hasattr(x, "__len__") else None
+
+
+class _SearchLoop(keras.callbacks.Callback):
+    """Between training steps: readings of quality, the decision, and a look whether the loss is finite."""
+
+    def __init__(self, search_model, start: int, batches):
+        super().__init__()
+        self.search_model, self.step, self.batches = search_model, start, batches
+        self.batch_size = None
+        strategy = search_model.distribute_strategy
+        self.draw = tf.function(lambda: strategy.run(search_model.draw_for_reading))
+        self.read = tf.function(lambda data, sample: strategy.run(search_model.read_quality, (data, sample)))
+        self.learn = tf.function(lambda samples, quality: strategy.run(search_model.learn, (samples, quality)))
+        self.strategy = strategy
+        self.decided = bool(search_model.controller.decided.numpy())
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.last_batch = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        before, self.step = self.step, self.step + batch - self.last_batch
+        self.last_batch = batch
+        search, controller = self.search_model._search, self.search_model.controller
+        if self.step // _CHECK_EVERY > before // _CHECK_EVERY:
+            self._check_finite()
+        if self.decided:
+            return
+        if self.step >= controller.decided_at():
+            controller.decide()
+            self.search_model.use_sample()
+            self.decided = True
+        elif self.batches is not None and self.step // search["every"] > before // search["every"]:
+            self._read()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check_finite()
+
+    def _read(self):
+        data = self._next_batch()
+        samples = self._local(self.draw())
+        quality = [self._local(self.read(data, sample)) for sample in tf.unstack(samples)]
+        self.learn(samples, tf.stack(quality))
+
+    def _next_batch(self):
+        # A shorter last batch would mean a second trace, and its readings have another noise.
+        for data in self.batches:
+            size = tf.nest.flatten(self._local(data))[0].shape[0]
+            self.batch_size = self.batch_size or size
+            if size == self.batch_size:
+                return data
+        raise ValueError("quality_data has no batch.")
+
+    def _local(self, value):
+        return tf.nest.map_structure(lambda v: self.strategy.experimental_local_results(v)[0], value)
+
+    def _check_finite(self):
+        bad = int(self.search_model.bad_step)
+        if bad >= 0:
+            raise FloatingPointError(
+                f"The loss was not finite at step {bad}. Stopped: go back to a checkpoint from before it, and lower the "
+                f"learning rate or leave the narrowest formats out of the menu."
+            )
+
+
+def _endless(quality_data, batch_size: int):
+    """Batches of quality data, over and over."""
+    if not isinstance(quality_data, tf.data.Dataset):
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        quality_data = tf.data.Dataset.from_tensor_slices(tuple(quality_data)).batch(batch_size).with_options(options)
+    while True:
+        yield from quality_data
+
+
+def inputs_of(data):
+    """The first batches of model inputs in training data: a dataset, or (arrays, batch size)."""
+    batch_size = None
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], int):
+        data, batch_size = data
+    if isinstance(data, tf.data.Dataset):
+        data = (b[0] if isinstance(b, tuple) else b for b in data)
+    elif all(hasattr(a, "shape") for a in tf.nest.flatten(data)):
+        size, length = batch_size or 32, tf.nest.flatten(data)[0].shape[0]
+        data = (
+            tf.nest.map_structure(lambda a, i=i: np.asarray(a[i : i + size]), data) for i in range(0, length, size)
+        )
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        data = (data[i][0] for i in range(len(data)))
+    else:
+        return []  # a generator that training has used up
+    return itertools.islice(data, _ESTIMATION_BATCHES)
+
+
+def _as_list(callbacks) -> list:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]

@@ -1,0 +1,242 @@
+"""Policies: independent categorical distributions over the options of D decisions.
+
+Pure functions. `mask` is a bool [D, N] array, False for padding, which has probability exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+# Of the greatest inverse temperature, in units of the effects' spread: gaps of 1e-4 of it are then settled, and
+# float32 still resolves the exponents.
+_COLDEST = 1e5
+_HOTTEST = 1e-3
+# Options of equal worth are told apart by this share of the spread: later options of the menu win.
+_TIE = 1e-3
+# Prices reach +-1e8 spreads; asinh(1e3 * price) runs in +-_PRICE_RANGE.
+_PRICE_RANGE = float(np.arcsinh(1e11))
+_GRID = 8
+
+
+def softmax(logits: tf.Tensor, mask: np.ndarray) -> tf.Tensor:
+    """Probabilities [..., D, N] of logits of the same shape; 0 for padding."""
+    logits = tf.where(mask, logits, float("-inf"))
+    return tf.nn.softmax(logits, axis=-1)
+
+
+def entropy(probabilities: tf.Tensor, mask: np.ndarray) -> tf.Tensor:
+    """Entropy summed over decisions as a share of its greatest value. [..., D, N] -> [...], in [0, 1]."""
+    greatest = float(np.log(mask.sum(axis=1)).sum())
+    terms = tf.math.multiply_no_nan(tf.math.log(tf.maximum(probabilities, 1e-30)), probabilities)
+    return -tf.reduce_sum(terms, axis=[-2, -1]) / max(greatest, 1e-30)
+
+
+def draw(probabilities: tf.Tensor, seed: tf.Tensor, k: int = 1) -> tf.Tensor:
+    """Draws k samples that differ as much as they can, each of them an ordinary draw on its own.
+
+    Decision d takes the option at u = frac(offset_d + rank_d / k) of its cumulative probabilities, with a random
+    offset and a random order of the ranks 0..k-1 per decision: an option of probability p is drawn floor(k p) or
+    ceil(k p) times among the k (a Latin hypercube).
+
+    Args:
+      probabilities: float32 [D, N].
+      seed: int32 [2].
+      k: Number of samples.
+
+    Returns:
+      int32 [k, D].
+    """
+    decisions, options = probabilities.shape
+    uniform = tf.random.stateless_uniform([k + 1, decisions], seed)
+    order = uniform[1:]
+    # Rank by counting: k is small, and it compiles everywhere.
+    rank = tf.reduce_sum(tf.cast(order[:, None] > order[None], tf.float32), axis=1)
+    u = tf.math.floormod(uniform[0] + rank / k, 1.0)
+    cumulative = tf.cumsum(probabilities, axis=1)
+    # Times the last sum, which rounding leaves a little off 1: u stays below it.
+    below = u[..., None] * cumulative[:, -1:] >= cumulative
+    return tf.minimum(tf.reduce_sum(tf.cast(below, tf.int32), axis=-1), options - 1)
+
+
+def boltzmann(
+    effects: tf.Tensor,
+    log_base: tf.Tensor,
+    mask: np.ndarray,
+    probabilities: tf.Tensor,
+    expected_ratio: Callable[[tf.Tensor], tf.Tensor],
+    slope: Callable[[tf.Tensor], tf.Tensor],
+    target_entropy: tf.Tensor,
+) -> tf.Tensor:
+    """Logits of the policy that maximizes expected quality at the right cost, with a given entropy.
+
+    The maximum of E[quality] - price * E[cost ratio] + tau * H has the closed form
+
+        logits[d, o] = log_base[d, o] + (effects[d, o] - price * d ratio / d p[d, o]) / tau
+
+    tau is found by bisection so that the entropy is `target_entropy` (or as high as cost allows), and within it the
+    price so that price = slope(ratio): for a hard target the ratio is then 1. Nothing has a unit or a rate.
+
+    Args:
+      effects: float32 [D, N], in any unit of quality.
+      log_base: float32 [D, N]; what the policy is when nothing matters.
+      mask: bool [D, N].
+      probabilities: float32 [D, N]; where the gradient of a cost that is not additive is taken: the last policy.
+      expected_ratio: [D, N] probabilities -> scalar expected cost over target; multilinear in the rows.
+      slope: ratios [m] -> prices [m] in quality per ratio, see `rewards`.
+      target_entropy: Scalar in [0, 1], share of the greatest.
+    """
+    with tf.GradientTape() as tape:
+        tape.watch(probabilities)
+        ratio = expected_ratio(probabilities)
+    gradient = tape.gradient(ratio, probabilities)
+    constant = ratio - tf.reduce_sum(gradient * probabilities)
+    # The worth of options in units of their spread; where they are alike, the later one is a little better.
+    decisions, options = mask.shape
+    count = mask.sum(axis=1, keepdims=True)
+    centred = tf.where(mask, effects - tf.reduce_sum(effects * mask, axis=1, keepdims=True) / count, 0.0)
+    spread = tf.sqrt(tf.reduce_sum(centred**2) / mask.sum()) + 1e-30
+    tie = (1.0 + np.arange(decisions)[:, None] / decisions) * np.arange(options) / options
+    worth = centred / spread + _TIE * tie.astype(np.float32)
+
+    def logits_at(inverse_temperature, u):
+        """u [m] -> prices [m], logits [m, D, N]."""
+        price = tf.sinh(u) * 1e-3
+        return price, log_base + inverse_temperature * (worth - price[:, None, None] * gradient)
+
+    def too_cheap(price, ratio):
+        return slope(ratio) > price * spread
+
+    def find_price(inverse_temperature):
+        low, high = tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE)
+
+        def refine(i, low, high):
+            # A grid in place of halving: as many prices at once, a third of the passes.
+            grid = low + (high - low) * np.linspace(0, 1, _GRID + 2)[1:-1].astype(np.float32)
+            price, logits = logits_at(inverse_temperature, grid)
+            ratio = constant + tf.reduce_sum(softmax(logits, mask) * gradient, axis=[1, 2])
+            index = tf.reduce_sum(tf.cast(too_cheap(price, ratio), tf.float32))
+            cell = (high - low) / (_GRID + 1)
+            return i + 1, low + index * cell, low + (index + 1.0) * cell
+
+        _, low, high = _repeat(7, refine, low, high)
+        return (low + high) / 2.0
+
+    def halve(i, low, high):
+        middle = (low + high) / 2.0
+        inverse_temperature = tf.exp(middle)
+        _, logits = logits_at(inverse_temperature, find_price(inverse_temperature)[None])
+        hot = entropy(softmax(logits[0], mask), mask) > target_entropy
+        return i + 1, tf.where(hot, middle, low), tf.where(hot, high, middle)
+
+    _, low, high = _repeat(14, halve, tf.constant(np.log(_HOTTEST), tf.float32), tf.constant(np.log(_COLDEST), tf.float32))
+    inverse_temperature = tf.exp((low + high) / 2.0)
+
+    def exact(i, low, high):
+        """The price once more, by the cost itself and not its gradient."""
+        middle = (low + high) / 2.0
+        price, logits = logits_at(inverse_temperature, middle[None])
+        up = too_cheap(price, expected_ratio(softmax(logits[0], mask))[None])[0]
+        return i + 1, tf.where(up, middle, low), tf.where(up, high, middle)
+
+    _, low, high = _repeat(28, exact, tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE))
+    # Of the two ends of the last bracket the upper price: where a target is a bound, on its right side.
+    _, logits = logits_at(inverse_temperature, high[None])
+    logits = tf.where(mask, logits[0], 0.0)
+    return logits - tf.reduce_max(tf.where(mask, logits, float("-inf")), axis=1, keepdims=True)
+
+
+def _repeat(times: int, body, *state):
+    return tf.while_loop(
+        lambda i, *_: i < times, body, (tf.constant(0), *state), maximum_iterations=times, parallel_iterations=1
+    )
+
+
+def best_sample(
+    effects: np.ndarray,
+    mask: np.ndarray,
+    cost: Callable[[np.ndarray], np.ndarray],
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    target: float,
+    start: np.ndarray,
+) -> np.ndarray:
+    """The sample with the highest score: local search from several starts. On the host, NumPy.
+
+    Moves are changes of one decision and of two at once. The starts are samples that weigh effects against cost at
+    prices from nothing to very much, and `start`.
+
+    Args:
+      effects: [D, N], effect on quality.
+      mask: bool [D, N].
+      cost: int samples [m, D] -> costs [m]. Any function; moves of two decisions are ranked as if their
+        costs added, and the best ones then priced exactly.
+      score: (sum of effects [m], cost ratios [m]) -> scores [m].
+      target: Target cost.
+      start: int [D], a sample to start from besides.
+
+    Returns:
+      int32 [D].
+    """
+    decisions, options = np.nonzero(mask)
+    rows = np.arange(len(mask))
+    effects = np.where(mask, effects, -np.inf).astype(np.float64)
+
+    def ratios(samples):
+        return np.asarray(cost(np.asarray(samples, np.int32)), np.float64) / target
+
+    def total(samples):
+        return effects[rows, samples].sum(axis=-1)
+
+    def changed(sample, *moves):
+        samples = np.repeat(sample[None], len(moves[0]), axis=0)
+        for move in moves:
+            samples[np.arange(len(move)), decisions[move]] = options[move]
+        return samples
+
+    def improve(sample):
+        everything = np.arange(len(decisions))
+        quality, ratio = total(sample), ratios(sample[None])[0]
+        now = score(quality[None], ratio[None])[0]
+        for _ in range(20 * len(rows)):
+            gain = effects[decisions, options] - effects[decisions, sample[decisions]]
+            rise = ratios(changed(sample, everything)) - ratio
+            scores = score(quality + gain, ratio + rise)
+            best = scores.argmax()
+            candidates = changed(sample, everything[best : best + 1])
+            if not scores[best] > now:
+                candidates = _best_pairs(sample)
+            scores = score(total(candidates), ratios(candidates))
+            best = scores.argmax()
+            if not scores[best] > now + 1e-12 * abs(now):
+                break
+            sample, now = candidates[best], scores[best]
+            quality, ratio = total(sample), ratios(sample[None])[0]
+        return now, sample
+
+    def _best_pairs(sample, keep=256):
+        everything = np.arange(len(decisions))
+        moving = everything[options != sample[decisions]]
+        gain = (effects[decisions, options] - effects[decisions, sample[decisions]])[moving]
+        rise = (ratios(changed(sample, everything)) - ratios(sample[None]))[moving]
+        first, second = np.triu_indices(len(moving), 1)
+        apart = decisions[moving[first]] != decisions[moving[second]]
+        first, second = first[apart], second[apart]
+        if not len(first):
+            return sample[None]
+        scores = score(
+            total(sample) + gain[first] + gain[second], ratios(sample[None])[0] + rise[first] + rise[second]
+        )
+        top = np.argpartition(-scores, min(keep, len(scores) - 1))[:keep]
+        return changed(sample, moving[first[top]], moving[second[top]])
+
+    base = np.asarray(start, np.int64)
+    prices = np.zeros(mask.shape)
+    prices[decisions, options] = ratios(changed(base, np.arange(len(decisions)))) - ratios(base[None])
+    spread = max(np.ptp(effects[decisions, options]), 1e-30)
+    steps = np.concatenate([[0.0], np.geomspace(1e-5, 1e5, 200)]) * spread
+    starts = np.stack([base, *(np.argmax(effects - p * prices, axis=1) for p in np.concatenate([steps, -steps[1:]]))])
+    starts = np.unique(starts, axis=0)
+    order = np.argsort(-score(total(starts), ratios(starts)), kind="stable")[:4]
+    return max((improve(starts[i]) for i in order), key=lambda result: result[0])[1].astype(np.int32)

@@ -1,0 +1,114 @@
+"""A Keras layer that computes with quantized weights and quantized input."""
+
+from __future__ import annotations
+
+import contextlib
+
+import tensorflow as tf
+
+from fliqs_tf import trace
+from fliqs_tf._keras import keras, substituted
+from fliqs_tf.quantizers import ActivationQuantizer, WeightQuantizer
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class Quantized(keras.layers.Wrapper):
+    """Wraps a layer: its kernels and its input are quantized, bias and the rest stay in float.
+
+    Args:
+      layer: A layer that `trace.kernels` knows: Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D,
+        Conv2DTranspose or EinsumDense.
+      weight_formats: Menu of the kernels, anything that `Space` takes; one format is a fixed one.
+      activation_formats: Menu of the input; None leaves it in float.
+      weight_decision, activation_decision: Names of the decisions that choose from the menus.
+
+    Raises:
+      ValueError: The class of the layer is not known.
+    """
+
+    def __init__(
+        self,
+        layer,
+        weight_formats,
+        activation_formats,
+        weight_decision=None,
+        activation_decision=None,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        kernels = trace.kernels(layer)
+        if not kernels:
+            raise ValueError(
+                f"Layer {layer.name!r} of class {type(layer).__name__} cannot be quantized; known classes: "
+                f"Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose, EinsumDense."
+            )
+        self.weight_decision = weight_decision or layer.name
+        self.activation_decision = activation_decision or layer.name
+        self.weight_quantizers = [
+            WeightQuantizer(weight_formats, k.channel_axes, name=f"{k.attribute}_quantizer") for k in kernels
+        ]
+        self.activation_quantizer = self.middle_quantizer = None
+        if activation_formats is not None:
+            self.activation_quantizer = ActivationQuantizer(activation_formats, name="input_quantizer")
+            if len(kernels) == 2:  # the tensor between the two convolutions of a separable one
+                self.middle_quantizer = ActivationQuantizer(activation_formats, name="middle_quantizer")
+        self.supports_masking = getattr(layer, "supports_masking", False)
+
+    @property
+    def quantized_layer(self):
+        """The layer inside."""
+        return self.layer
+
+    @property
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        """Quantizers of the input, and of what is between the kernels if there are two; [] for a float input."""
+        return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
+
+    def call(self, inputs, training=None):
+        training = bool(training)
+        x = _quantized_activation(self.activation_quantizer, inputs, training)
+        with contextlib.ExitStack() as stack:
+            for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers):
+                weight = tf.convert_to_tensor(getattr(self.layer, kernel.attribute))
+                quantized = tf.cast(quantizer(tf.cast(weight, tf.float32)), weight.dtype)
+                stack.enter_context(substituted(self.layer, kernel.attribute, quantized))
+            if len(self.weight_quantizers) == 2:
+                return _separable(self.layer, x, lambda t: _quantized_activation(self.middle_quantizer, t, training))
+            return self.layer.call(x)
+
+    def compute_output_shape(self, input_shape):
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self) -> dict:
+        weights = list(self.weight_quantizers[0].space.names)
+        activations = self.activation_quantizer and list(self.activation_quantizer.space.names)
+        return {
+            **super().get_config(),
+            "weight_formats": weights,
+            "activation_formats": activations,
+            "weight_decision": self.weight_decision,
+            "activation_decision": self.activation_decision,
+        }
+
+
+def _quantized_activation(quantizer, x, training):
+    if quantizer is None:
+        return x
+    return tf.cast(quantizer(tf.cast(x, tf.float32), training=training), x.dtype)
+
+
+def _separable(layer, x, middle):
+    """A SeparableConv2D in its two steps, so that the tensor between them can be quantized like any input."""
+    strides = layer.strides if isinstance(layer.strides, (tuple, list)) else (layer.strides,) * 2
+    channels_first = layer.data_format == "channels_first"
+    kernel = tf.cast(tf.convert_to_tensor(layer.depthwise_kernel), x.dtype)
+    pointwise = tf.cast(tf.convert_to_tensor(layer.pointwise_kernel), x.dtype)
+    data_format = "NCHW" if channels_first else "NHWC"
+    steps = (1, 1, *strides) if channels_first else (1, *strides, 1)
+    x = tf.nn.depthwise_conv2d(
+        x, kernel, steps, layer.padding.upper(), data_format=data_format, dilations=layer.dilation_rate
+    )
+    x = tf.nn.conv2d(middle(x), pointwise, 1, "VALID", data_format=data_format)
+    if layer.use_bias:
+        x = tf.nn.bias_add(x, tf.cast(tf.convert_to_tensor(layer.bias), x.dtype), data_format=data_format)
+    return layer.activation(x) if layer.activation is not None else x

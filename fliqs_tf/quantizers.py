@@ -1,0 +1,112 @@
+"""Weight and activation quantizers: tensor -> fake-quantized tensor, in the format that a decision has chosen.
+
+A quantizer holds a menu. With one format it is fixed; with several it reads its `choice`, an int32 variable that the
+search assigns. Either way the same kernel runs, so a format gives the same bits during the search and after it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import rounding
+from fliqs_tf._keras import add_state, keras
+from fliqs_tf.space import Space
+
+RANGE_MOMENTUM = 0.99
+
+
+class Quantizer(keras.layers.Layer):
+    """What weight and activation quantizers share: a menu, and the choice of a format from it.
+
+    Args:
+      formats: The menu, anything that `Space` takes.
+    """
+
+    def __init__(self, formats, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
+        self.space = Space(formats)
+        self._rows = np.stack([rounding.row(f) for f in self.space.formats])
+        # Until a search says otherwise, the widest format.
+        self.choice = (
+            add_state(self, "choice", (), "int32", initial=len(self.space) - 1) if len(self.space) > 1 else None
+        )
+        self.built = True
+
+    def format_row(self) -> tf.Tensor:
+        """Kernel row of the chosen format: float32 [rounding.ROW_SIZE]."""
+        if self.choice is None:
+            return tf.constant(self._rows[0])
+        return tf.gather(tf.constant(self._rows), tf.convert_to_tensor(self.choice))
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        config.pop("dtype", None)
+        return {**config, "formats": list(self.space.names)}
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class WeightQuantizer(Quantizer):
+    """Quantizes a weight with one scale per output channel, amax taken from the current weight at every step.
+
+    Args:
+      formats: The menu, anything that `Space` takes.
+      channel_axes: Axes of the weight that hold output channels.
+    """
+
+    def __init__(self, formats, channel_axes=(-1,), **kwargs):
+        super().__init__(formats, **kwargs)
+        self.channel_axes = tuple(channel_axes)
+
+    def call(self, weight):
+        amax = rounding.absolute_max(weight, self.channel_axes)
+        return rounding.quantize(weight, amax, self.format_row(), saturates=False)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "channel_axes": list(self.channel_axes)}
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class ActivationQuantizer(Quantizer):
+    """Quantizes an activation with one scale per tensor, amax from a moving average of the batches' amax.
+
+    The average is zero-debiased: `range` holds the decayed sum of batch amax and the decayed sum of weights, and
+    amax is their quotient. It moves in training only. Before any training, amax is the batch's own.
+
+    Args:
+      formats: The menu, anything that `Space` takes. All formats share the range.
+      momentum: Decay of the moving average, per training step (our choice: 0.99).
+      clip: Factor on amax, in (0, 1]: less than 1 clips the largest values for the sake of the others.
+
+    Raises:
+      ValueError: momentum outside [0, 1) or clip outside (0, 1].
+    """
+
+    def __init__(self, formats, momentum=RANGE_MOMENTUM, clip=1.0, **kwargs):
+        super().__init__(formats, **kwargs)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+        if not 0 < clip <= 1:
+            raise ValueError(f"clip must be in (0, 1], got {clip}.")
+        self.momentum, self.clip = momentum, clip
+        self.range = add_state(self, "range", (2,), "float32", initial=0, averaged=True)
+
+    def call(self, x, training=False):
+        if training and self.trainable:
+            batch = tf.stack([rounding.absolute_max(x), 1.0])
+            moved = self.momentum * tf.convert_to_tensor(self.range) + (1 - self.momentum) * batch
+            self.range.assign(moved)
+            amax = moved[0] / moved[1]
+        else:
+            seen = tf.convert_to_tensor(self.range)
+            amax = tf.cond(seen[1] > 0, lambda: seen[0] / seen[1], lambda: rounding.absolute_max(x))
+        return rounding.quantize(x, amax * self.clip, self.format_row())
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "momentum": self.momentum, "clip": self.clip}

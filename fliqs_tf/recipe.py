@@ -1,0 +1,159 @@
+"""Recipes: which format each decision has, the result of a search. JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fliqs_tf.formats import Format
+
+TENSORS = ("together", "weights", "separate")
+_MOST_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Decision name -> format name.
+
+    Attributes:
+      formats: {"conv1": "INT8", ...}, in network order.
+      tensors: "together" (a decision sets weights and input of its layers), "weights" (only the weights are
+        quantized) or "separate" (decisions "conv1/weights" and "conv1/activations").
+      layers: {decision: [layer paths]} for decisions that do not stand for the one layer of their name.
+      info: What else the file says (cost, target, accuracy, versions, seed, flags); free.
+    """
+
+    formats: Mapping[str, str]
+    tensors: str = "together"
+    layers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.formats, Mapping) or not self.formats:
+            raise ValueError(f'A recipe needs "formats": {{decision: format}}, got {self.formats!r}.')
+        if self.tensors not in TENSORS:
+            raise ValueError(f'"tensors" must be one of {", ".join(TENSORS)}, got {self.tensors!r}.')
+        object.__setattr__(self, "formats", {str(k): _format_name(k, v) for k, v in self.formats.items()})
+        object.__setattr__(self, "layers", _layer_lists(self.layers, self.formats))
+
+    @classmethod
+    def uniform(cls, model, fmt: Format | str) -> Recipe:
+        """One format for every decision of a wrapped (or every quantizable layer of a plain) model.
+
+        Args:
+          model: What `fliqs_tf.wrap` returned, or a Keras model.
+          fmt: Format or its name.
+        """
+        name = Format(fmt).name
+        if hasattr(model, "recipe"):
+            recipe = model.recipe()
+            return dataclasses.replace(recipe, formats={d: name for d in recipe.formats}, info={})
+        from fliqs_tf import trace  # only here does a recipe look at a model
+
+        return cls({path: name for path, _ in trace.quantizable(model)})
+
+    def to_dict(self) -> dict:
+        """Plain JSON data; `from_dict` of it is an equal recipe."""
+        return {
+            "formats": dict(self.formats),
+            "tensors": self.tensors,
+            **({"layers": {k: list(v) for k, v in self.layers.items()}} if self.layers else {}),
+            **self.info,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Reads what `to_dict` gives; keys it does not know are kept as `info`.
+
+        Raises:
+          ValueError: Says which entry is wrong and what is allowed.
+        """
+        if not isinstance(data, Mapping) or "formats" not in data:
+            raise ValueError('A recipe is a JSON object with the key "formats": {decision: format}.')
+        info = {k: v for k, v in data.items() if k not in ("formats", "tensors", "layers")}
+        return cls(data["formats"], data.get("tensors", "together"), data.get("layers", {}), info)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON. The file is whole or not there: it is written beside its place and then renamed."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Recipe:
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: The file is not a recipe; the message names the file and what is wrong.
+          OSError: It cannot be read.
+        """
+        path = pathlib.Path(path)
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {_MOST_BYTES}.")
+        try:
+            return cls.from_dict(json.loads(path.read_bytes()))
+        except RecursionError:
+            raise ValueError(f"{path} is not a recipe: nested too deeply.") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not a recipe: {error}") from None
+
+    def check(self, decisions: Iterable[str], model_name: str) -> None:
+        """Raises unless the recipe has exactly these decisions.
+
+        Raises:
+          ValueError: Lists what is missing and what is unknown.
+        """
+        decisions = list(decisions)
+        missing = [d for d in decisions if d not in self.formats]
+        unknown = [d for d in self.formats if d not in decisions]
+        problems = [
+            f"{what} {_listed(names)}" for what, names in (("no format for", missing), ("unknown", unknown)) if names
+        ]
+        if problems:
+            raise ValueError(
+                f"The recipe does not fit model {model_name!r}: {'; '.join(problems)}. The model's decisions are "
+                f"{_listed(decisions)}."
+            )
+
+
+def write_json(path: str | os.PathLike, data) -> None:
+    """Writes JSON to `path`, whole or not at all."""
+    path = pathlib.Path(path)
+    text = json.dumps(data, indent=2) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _format_name(decision: str, fmt) -> str:
+    try:
+        return Format(fmt).name
+    except ValueError as error:
+        raise ValueError(f"Decision {decision!r}: {error}") from None
+
+
+def _layer_lists(layers, formats) -> dict[str, tuple[str, ...]]:
+    if not isinstance(layers, Mapping):
+        raise ValueError(f'"layers" must be {{decision: [layer names]}}, got {layers!r}.')
+    for decision, paths in layers.items():
+        if decision not in formats:
+            raise ValueError(f'"layers" names the decision {decision!r}, which "formats" does not have.')
+        if not isinstance(paths, (list, tuple)) or not all(isinstance(p, str) for p in paths):
+            raise ValueError(f'"layers" of decision {decision!r} must be a list of layer names, got {paths!r}.')
+    return {k: tuple(v) for k, v in layers.items()}
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(repr(n) for n in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

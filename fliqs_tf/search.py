@@ -1,0 +1,426 @@
+"""The search: a Keras model that trains one set of weights while a controller learns which formats it needs.
+
+A training step:
+
+1. the controller draws a sample: an option for every decision;
+2. a weight step on the training batch, computed with those formats;
+3. quality: from the training batch, or, every few steps, of several samples on one held-out batch;
+4. the controller learns from quality and cost;
+5. every decision goes back to its most likely option, so that between steps the model is the network of `recipe()`.
+
+Source of the method: FLIQS, arXiv 2308.03290. What differs from it by default, and why, is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import costs, fitting, normalization, rewards, wrapping
+from fliqs_tf._keras import IS_KERAS_3, add_state, keras
+from fliqs_tf.controller import Controller
+from fliqs_tf.formats import Format
+from fliqs_tf.quality import quality_function
+from fliqs_tf.recipe import Recipe
+
+_LOG = logging.getLogger("fliqs_tf")
+
+
+def wrap(model, space="FLIQS-S-INT", rules=(), *, granularity="layer", tensors="together", input_shape=None):
+    r"""Makes a model whose number formats can be searched while it trains.
+
+    Args:
+      model: A built Functional or Sequential Keras model. It stays as it is; its weights are copied.
+      space: Menu of formats for every layer: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
+        "FLIQS-L-FLOAT", "MIXED") or a list of formats.
+      rules: What differs for some layers: (pattern, menu), (pattern, None) to leave them in float, or
+        `Rule(pattern, formats, tie)`. Patterns are searched in layer paths; later rules win.
+      granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
+      tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
+        "separate": one decision each.
+      input_shape: Shape of one example; needed only if the model leaves a size open.
+
+    Returns:
+      A `SearchModel`: compile it with a `target_cost`, then `fit`.
+
+    Raises:
+      TypeError: The model is of the other Keras.
+      ValueError: The model is not built or has nothing to quantize; unknown space or format; a menu that is empty, has
+        duplicates, or leaves nothing to choose; a rule that matches no layer. The message says what to do.
+    """
+    network = wrapping.quantized_network(model, space, rules, granularity, tensors)
+    return SearchModel(network, input_shape=input_shape, name=model.name)
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class SearchModel(keras.Model):
+    """A quantized network and the controller that searches its formats. `fliqs_tf.wrap` makes it.
+
+    Args:
+      network: Model with `Quantized` layers.
+      controller: Options of `Controller`, as a dict.
+      input_shape: Shape of one example, where the network leaves it open.
+    """
+
+    def __init__(self, network, controller=None, input_shape=None, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+        self._example_shape = input_shape
+        self._search = {}
+        self.controller = self._new_controller(controller or {})
+        # What the progress bar shows between two updates of the controller, and which step first went wrong.
+        self.readout = add_state(self, "readout", (4,), "float32")
+        self.previous_sample = add_state(self, "previous_sample", (len(self.decisions),), "int32")
+        self.bad_step = add_state(self, "bad_step", (), "int32", initial=-1)
+        self.built = True
+        self._assign(self.controller.most_likely())
+
+    def _new_controller(self, options: dict) -> Controller:
+        noise = [[Format(f).noise() for f in d.options] for d in self.decisions]
+        return Controller([len(d.options) for d in self.decisions], **{"prior": noise, "name": "controller", **options})
+
+    # cached_property keeps these out of Keras' attribute tracking: the layers in them belong to the network.
+    @functools.cached_property
+    def decisions(self) -> list[wrapping.Decision]:
+        """What the search decides, in network order."""
+        return wrapping.decisions(self.network)
+
+    @functools.cached_property
+    def sites(self) -> list[costs.Site]:
+        """The layers that costs count."""
+        return costs.sites(self.network, self._example_shape)
+
+    def call(self, inputs, training=None, mask=None):
+        return self.network(inputs, training=training)
+
+    def build(self, input_shape=None):
+        self.built = True
+
+    # ---- configuration
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        metrics=None,
+        *,
+        target_cost=None,
+        cost="bops",
+        reward="absolute",
+        quality="loss",
+        quality_every=4,
+        quality_samples=4,
+        search_steps=None,
+        seed=0,
+        controller=None,
+        **kwargs,
+    ):
+        """Keras' `compile`, and what the search needs.
+
+        Args:
+          optimizer, loss, metrics, **kwargs: As for any Keras model. `jit_compile` is off by default on a CPU, where
+            compiling convolutions makes them slower; the rounding kernel is compiled all the same.
+          target_cost: Number in the cost's unit, or relative to a uniform format: "0.25x INT8". `fit` needs it.
+          cost: "bops", "memory" or a `costs.Cost`.
+          reward: "absolute", "one_sided", "soft_exponential", "hard_exponential", an object of
+            `fliqs_tf.rewards`, or a function (quality, cost / target) -> reward.
+          quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> what to
+            maximize, a number or one per example.
+          quality_every: With `fit(quality_data=...)`: training steps between two readings (our choice: 4).
+          quality_samples: Samples compared on the same held-out batch at a reading (our choice: 4).
+          search_steps: Steps until the formats are decided. None: all steps of the first `fit`.
+          seed: Of the draws.
+          controller: Options of `Controller`, a dict. A new one makes a new controller; None keeps what was learned.
+
+        Raises:
+          ValueError: A target out of reach (prints the reachable range), unknown names, a reward that needs positive
+            quality with quality="loss".
+        """
+        if quality_every < 1 or quality_samples < 2:
+            raise ValueError(
+                f"quality_every must be 1 or more and quality_samples 2 or more, got {quality_every} and "
+                f"{quality_samples}."
+            )
+        if IS_KERAS_3 and not tf.config.list_physical_devices("GPU") and not tf.config.list_physical_devices("TPU"):
+            kwargs.setdefault("jit_compile", False)
+        if isinstance(cost, str) and cost not in costs.NAMES:
+            raise ValueError(f"Unknown cost {cost!r}; known: {', '.join(costs.NAMES)}, or give a fliqs_tf.costs.Cost.")
+        cost_object = costs.NAMES[cost] if isinstance(cost, str) else cost
+        reward_object = rewards.get(reward)
+        if quality == "loss" and getattr(reward_object, "needs_positive_quality", False):
+            raise ValueError(
+                f"The reward {reward!r} multiplies quality, which must be positive; minus the loss is not. Use "
+                f"quality='accuracy', or reward='absolute'."
+            )
+        table = costs.CostTable(cost_object, self.sites, [(d.name, d.options) for d in self.decisions])
+        target = None
+        if target_cost is not None:
+            target = costs.target(
+                target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable()
+            )
+        if controller is not None and controller != self._controller_options():
+            self.controller = self._new_controller(controller)
+        self._search = {
+            "cost": cost_object,
+            "table": table,
+            "target": target,
+            "reward": reward_object,
+            "quality": quality_function(quality),
+            "every": quality_every,
+            "samples": quality_samples,
+            "steps": search_steps,
+            "seed": seed,
+            "held_out": False,
+        }
+        self._search_config = {
+            "target_cost": target_cost,
+            "cost": cost,
+            "reward": reward,
+            "quality": quality,
+            "quality_every": quality_every,
+            "quality_samples": quality_samples,
+            "search_steps": search_steps,
+            "seed": seed,
+        }
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+
+    def _controller_options(self) -> dict:
+        config = self.controller.get_config()
+        return {k: v for k, v in config.items() if k not in ("n_options", "prior", "name", "trainable", "dtype")}
+
+    @property
+    def target_cost(self) -> float | None:
+        """The target in the cost's unit, None before `compile` or without one."""
+        return self._search.get("target")
+
+    @property
+    def cost_table(self) -> costs.CostTable:
+        """Cost of samples of this model, as compiled."""
+        return self._search["table"]
+
+    # ---- training
+
+    def fit(self, x=None, y=None, *args, quality_data=None, **kwargs):
+        """Keras' `fit`: trains the weights and searches the formats.
+
+        Args:
+          x, y, *args, **kwargs: As for any Keras model.
+          quality_data: Batches (x, y) that the weights never see, as a `tf.data.Dataset`, or a pair of arrays:
+            quality is read from them. None: quality is that of the training batch, which costs nothing but says
+            less, see the README.
+
+        Returns:
+          Keras' History. Its logs hold, beside loss and metrics: reward, cost (expected, in the cost's unit),
+          entropy (mean over decisions, 1 = uniform), switch_rate (share of decisions that differ from the
+          step before).
+
+        Raises:
+          ValueError: No `target_cost`, or a number of steps that cannot be known.
+          FloatingPointError: The loss became NaN or infinite; names the step.
+        """
+        if not self._search:
+            raise RuntimeError("Call compile(optimizer, loss, target_cost=...) before fit.")
+        if self.target_cost is None:
+            raise ValueError("compile was called without target_cost; fit needs it, for example target_cost='0.25x INT8'.")
+        return fitting.fit(self, super().fit, x, y, args, kwargs, quality_data)
+
+    def configure_controller(self, total_steps: int, held_out: bool) -> None:
+        """Tells the controller what it optimizes. `fit` calls it; a loop of your own must, once."""
+        search = self._search
+        search["held_out"] = held_out
+        self.controller.configure(
+            expected_cost=search["table"].expected,
+            cost=search["table"].of_samples,
+            target=search["target"],
+            reward=search["reward"],
+            total_steps=total_steps,
+        )
+
+    def train_step(self, data):
+        search = self._search
+        sample = self._draw(1)[0]
+        self._assign(sample)
+        logs = super().train_step(data)
+        loss, y, y_pred = self.__dict__.pop("_batch")
+        step = tf.convert_to_tensor(self.controller.step)
+        first_bad = (self.bad_step < 0) & ~tf.math.is_finite(loss)
+        self.bad_step.assign(tf.where(first_bad, step, self.bad_step))
+        if not search["held_out"]:
+            quality = self._across_replicas(search["quality"](loss, y, y_pred))
+            self._learn(sample[None], quality[None])
+        switched = tf.reduce_mean(tf.cast(sample != tf.convert_to_tensor(self.previous_sample), tf.float32))
+        self.previous_sample.assign(sample)
+        self.controller.advance()
+        self._assign(self.controller.most_likely())
+        return {
+            **logs,
+            "reward": tf.convert_to_tensor(self.readout)[0],
+            "cost": search["table"].expected(self.controller.probabilities()),
+            "entropy": self.controller.entropy(),
+            "switch_rate": switched,
+        }
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, **kwargs)
+        # Keras keeps the batch's loss and predictions to itself; the step that called reads them from here.
+        self.__dict__["_batch"] = (loss, y, y_pred)
+        return loss
+
+    def draw_for_reading(self) -> tf.Tensor:
+        """Samples to compare on one batch, int32 [quality_samples, decisions]: the first is the one that the last
+        training step used."""
+        return self._draw(self._search["samples"], self.controller.step - 1)
+
+    def _draw(self, k, step=None):
+        step = tf.convert_to_tensor(self.controller.step if step is None else step)
+        return self.controller.sample(tf.stack([tf.constant(self._search["seed"], tf.int32), step]), k)
+
+    def read_quality(self, data, sample) -> tf.Tensor:
+        """Quality of a sample on a batch, which changes no weight, no stored statistic and no metric.
+
+        Args:
+          data: (x, y) or (x, y, sample_weight).
+          sample: int32 [decisions].
+
+        Returns:
+          float32 scalar.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        self._assign(sample)
+        states = [v for metric in self.metrics for v in metric.variables]
+        before = [tf.identity(tf.convert_to_tensor(v)) for v in states]
+        with normalization.batch_statistics(self.network):
+            y_pred = self(x, training=False)
+        loss = self.compute_loss(x, y, y_pred, sample_weight)
+        self.__dict__.pop("_batch")
+        quality = self._across_replicas(self._search["quality"](loss, y, y_pred))
+        for variable, value in zip(states, before):  # tf_keras counts the loss as it computes it
+            variable.assign(value)
+        return quality
+
+    def learn(self, samples, quality) -> None:
+        """Updates the controller from readings on one batch: int32 [k, decisions], float32 [k]."""
+        self._learn(samples, quality)
+        self._assign(self.controller.most_likely())
+
+    def _learn(self, samples, quality):
+        result = self.controller.update(samples, quality)
+        self.readout.assign(
+            tf.stack([result["reward"], result["baseline"], tf.reduce_mean(quality), self.controller.beta()])
+        )
+
+    def use_sample(self, sample=None) -> None:
+        """Sets the formats that the model computes with: int32 [decisions]; None: the most likely ones.
+
+        The next training step goes back to the most likely ones.
+        """
+        self._assign(tf.convert_to_tensor(self.controller.most_likely() if sample is None else sample, tf.int32))
+
+    def _assign(self, sample):
+        for i, decision in enumerate(self.decisions):
+            for quantizer in decision.quantizers:
+                quantizer.choice.assign(sample[i])
+
+    @staticmethod
+    def _across_replicas(value):
+        context = tf.distribute.get_replica_context()
+        if context is None or context.num_replicas_in_sync == 1:
+            return value
+        return context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
+
+    # ---- results
+
+    def recipe(self) -> Recipe:
+        """The most likely format of every decision; fixed layers are in it too."""
+        chosen = np.asarray(self.controller.most_likely())
+        formats = {d.name: d.options[i] for d, i in zip(self.decisions, chosen.tolist())}
+        return self._as_recipe(formats)
+
+    def _as_recipe(self, formats: dict[str, str]) -> Recipe:
+        ordered, layers, kinds = {}, {}, set()
+        for site in self.sites:
+            ends = ((site.weight_decision, site.weight_formats), (site.activation_decision, site.activation_formats))
+            for decision, menu in ends:
+                if decision is not None:
+                    ordered[decision] = formats.get(decision, menu[0])
+                    if site.path not in layers.setdefault(decision, []):
+                        layers[decision].append(site.path)
+            kinds.add(_tensors(site))
+        named = {d: p for d, p in layers.items() if p != [d.rpartition("/")[0] if "separate" in kinds else d]}
+        in_float = [s.path for s in self.sites if s.weight_decision is None]
+        tensors = (kinds - {None}).pop()
+        return Recipe(ordered, tensors, named, {"float_layers": in_float} if in_float else {})
+
+    def deploy(self, recipe: Recipe | None = None, calibration_data=None) -> keras.Model:
+        """A plain Keras model with fixed formats: no controller, no sampling.
+
+        With the search's own recipe it computes what this model computes, to the bit. Another recipe changes what
+        batch normalization sees: the moving averages are estimated anew.
+
+        Args:
+          recipe: None: that of `recipe()`.
+          calibration_data: Batches to re-estimate the moving averages from (a dataset of x or (x, y)). None: the
+            training data of the last `fit`, if the recipe is not the search's own.
+
+        Returns:
+          A model of the same inputs and outputs, not compiled.
+
+        Raises:
+          ValueError: The recipe is not one for this model.
+        """
+        own = self.recipe()
+        recipe = own if recipe is None else recipe
+        recipe.check(own.formats, self.name)
+        for decision in self.decisions:
+            if recipe.formats[decision.name] not in decision.options:
+                _LOG.info("%s: %s was not in the searched menu.", decision.name, recipe.formats[decision.name])
+        model = wrapping.fixed(self.network, dict(recipe.formats))
+        if calibration_data is None and dict(recipe.formats) != dict(own.formats):
+            calibration_data = self.__dict__.get("_training_inputs")
+            if calibration_data is None and normalization.batch_norms(model):
+                _LOG.warning(
+                    "The moving averages of batch normalization belong to other formats: give calibration_data."
+                )
+        if calibration_data is not None:
+            normalization.reestimate(model, fitting.inputs_of(calibration_data))
+        return model
+
+    # ---- saving
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "network": keras.saving.serialize_keras_object(self.network),
+            "controller": self._controller_options(),
+            "input_shape": self._example_shape,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        config["network"] = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
+        return cls(**config)
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if not config:
+            return config
+        plain = {k: v for k, v in self._search_config.items() if isinstance(v, (str, int, float, type(None)))}
+        return {**config, **plain}
+
+    def compile_from_config(self, config):
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        if getattr(self, "optimizer", None) is not None:
+            self.optimizer.build(self.trainable_variables)
+
+
+def _tensors(site: costs.Site) -> str | None:
+    if site.weight_decision is None:
+        return None
+    if site.activation_decision is None:
+        return "weights"
+    return "together" if site.activation_decision == site.weight_decision else "separate"

@@ -1,0 +1,292 @@
+"""A Keras model to a quantized one: which layers, which tensors, which decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fliqs_tf import trace
+from fliqs_tf._keras import check_model, keras
+from fliqs_tf.formats import Format
+from fliqs_tf.quantized import Quantized
+from fliqs_tf.quantizers import Quantizer
+from fliqs_tf.recipe import TENSORS, Recipe
+from fliqs_tf.space import Space
+
+_LOG = logging.getLogger("fliqs_tf")
+UNCHANGED = ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""What holds for the layers whose path a pattern matches.
+
+    Rules apply in order; where several match, the later one has the last word.
+
+    Args:
+      pattern: Regular expression, searched (not anchored) in the layer path.
+      formats: A menu for these layers, or None to leave them in float. Default: the menu stays.
+      tie: Name of one decision for all of them; may refer to groups of the pattern. Rule(r"^(stage\d)_", tie=r"\1")
+        makes one decision per stage.
+    """
+
+    pattern: str
+    formats: Any = UNCHANGED
+    tie: str | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"Rule pattern {self.pattern!r} is not a regular expression: {error}.") from None
+        if self.formats is not UNCHANGED and self.formats is not None:
+            object.__setattr__(self, "formats", Space(self.formats))
+
+
+@dataclasses.dataclass
+class Decision:
+    """One thing that the controller chooses; the quantizers that read it hold the choice in a variable each.
+
+    Attributes:
+      name: "conv1", or "conv1/weights" and "conv1/activations" if these are chosen apart.
+      space: The menu.
+      quantizers: Those that follow the decision.
+      layers: Paths of their layers.
+    """
+
+    name: str
+    space: Space
+    quantizers: list[Quantizer] = dataclasses.field(default_factory=list)
+    layers: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the formats, in the order of option indices."""
+        return self.space.names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How one layer is quantized."""
+
+    space: Space
+    weight_decision: str
+    activation_decision: str
+    quantize_input: bool
+
+    def wrap(self, layer) -> Quantized:
+        return Quantized(
+            layer,
+            self.space,
+            self.space if self.quantize_input else None,
+            self.weight_decision,
+            self.activation_decision,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+
+
+def quantized_network(model, space, rules=(), granularity="layer", tensors="together") -> keras.Model:
+    """A copy of a model whose layers read decisions. The arguments are those of `fliqs_tf.wrap`."""
+    layers = _layers_to_quantize(model)
+    plans = _plans([path for path, _ in layers], Space(space), _as_rules(rules), granularity, tensors)
+    _log_left_in_float(model)
+    by_id = {id(layer): plans[path] for path, layer in layers if path in plans}
+    return _clone(model, lambda layer, copy: by_id[id(layer)].wrap(copy) if id(layer) in by_id else copy)
+
+
+def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
+    """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
+
+    Args:
+      model: A built Keras model; stays as it is, its weights are copied.
+      recipe: A recipe for this model, or one format for every layer. Layers that the recipe does not name stay
+        in float if the recipe came from a search that left them so.
+
+    Returns:
+      A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
+
+    Raises:
+      ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize.
+    """
+    layers = _layers_to_quantize(model)
+    paths = [path for path, _ in layers]
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe({path: Format(recipe).name for path in paths})
+    formats = {}
+    for decision, fmt in recipe.formats.items():
+        name, _, tensor = decision.rpartition("/") if recipe.tensors == "separate" else (decision, "", "")
+        for path in recipe.layers.get(decision, (name,)):
+            formats.setdefault(path, {})[tensor] = (fmt, decision)
+    float_layers = recipe.info.get("float_layers", ())
+    dataclasses.replace(recipe, formats={p: "FP32" for p in formats}, tensors="together", layers={}).check(
+        [p for p in paths if p not in float_layers], model.name
+    )
+    by_id = {id(layer): formats[path] for path, layer in layers if path in formats}
+
+    def quantize(layer, copy):
+        if id(layer) not in by_id:
+            return copy
+        chosen = by_id[id(layer)]
+        weight, weight_decision = chosen.get("weights") or chosen.get("") or ("FP32", None)
+        activation, activation_decision = chosen.get("activations") or chosen.get("") or (None, None)
+        if recipe.tensors == "weights":
+            activation = None
+        return Quantized(
+            copy,
+            [weight],
+            [activation] if activation else None,
+            weight_decision,
+            activation_decision,
+            name=copy.name,
+            dtype=copy.dtype_policy,
+        )
+
+    return _clone(model, quantize)
+
+
+def fixed(network: keras.Model, formats: dict[str, str]) -> keras.Model:
+    """A copy of a quantized network in which each decision has taken the given format."""
+
+    def fix(layer, copy):
+        if not isinstance(layer, Quantized):
+            return copy
+        config = layer.get_config()
+        config["layer"] = copy.layer
+        config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
+        if config["activation_formats"]:
+            config["activation_formats"] = [formats.get(layer.activation_decision, config["activation_formats"][0])]
+        return Quantized(**config)
+
+    return _clone(network, fix)
+
+
+def decisions(network: keras.Model) -> list[Decision]:
+    """What is left to decide in a quantized network, in network order. Menus of one format decide nothing."""
+    found: dict[str, Decision] = {}
+    for path, layer in trace.walk(network):
+        if isinstance(layer, Quantized):
+            reads = [(layer.weight_decision, q) for q in layer.weight_quantizers]
+            reads += [(layer.activation_decision, q) for q in layer.activation_quantizers]
+            for name, quantizer in reads:
+                if quantizer.choice is not None:
+                    decision = found.setdefault(name, Decision(name, quantizer.space))
+                    decision.quantizers.append(quantizer)
+                    if path not in decision.layers:
+                        decision.layers.append(path)
+    return list(found.values())
+
+
+def _layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
+    check_model(model)
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            f"Model {model.name!r} is not built or not a Functional or Sequential model: give it an Input layer, or "
+            f"call model.build(input_shape) first."
+        )
+    if any(isinstance(layer, Quantized) for _, layer in trace.walk(model)):
+        raise ValueError(f"Model {model.name!r} is quantized already; give the float model.")
+    layers = trace.quantizable(model)
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has nothing to quantize: none of its layers is a Dense, Conv1D, Conv2D, "
+            f"DepthwiseConv2D, SeparableConv2D, Conv2DTranspose or EinsumDense."
+        )
+    return layers
+
+
+def _as_rules(rules) -> list[Rule]:
+    return [rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules]
+
+
+def _plans(paths, space: Space, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, _Plan]:
+    """Layer path -> plan, without the layers that stay in float."""
+    if granularity not in ("layer", "model"):
+        raise ValueError(
+            f"granularity must be 'layer' (a decision per layer) or 'model' (one for all), got {granularity!r}. "
+            f"For blocks use rules: fliqs_tf.Rule(r'^(stage\\d)_', tie=r'\\1')."
+        )
+    if tensors not in TENSORS:
+        raise ValueError(f"tensors must be one of {', '.join(TENSORS)}, got {tensors!r}.")
+    for rule in rules:
+        if not any(re.search(rule.pattern, path) for path in paths):
+            raise ValueError(f"Rule {rule.pattern!r} matches no layer. Layers: {', '.join(paths)}.")
+    plans = {}
+    for path in paths:
+        menu, decision = space, path if granularity == "layer" else "model"
+        for rule in rules:
+            if match := re.search(rule.pattern, path):
+                menu = menu if rule.formats is UNCHANGED else rule.formats
+                decision = match.expand(rule.tie) if rule.tie else decision
+        if menu is None:
+            continue
+        if granularity == "model" and menu != space:
+            decision = path  # a menu of its own is a decision of its own
+        names = (f"{decision}/weights", f"{decision}/activations") if tensors == "separate" else (decision, decision)
+        plans[path] = _Plan(menu, *names, quantize_input=tensors != "weights")
+    _check_menus(plans)
+    return plans
+
+
+def _check_menus(plans: dict[str, _Plan]) -> None:
+    first: dict[str, str] = {}
+    for path, plan in plans.items():
+        other = first.setdefault(plan.weight_decision, path)
+        if plans[other].space != plan.space:
+            raise ValueError(
+                f"Layers {other!r} and {path!r} are tied into the decision {plan.weight_decision!r} but have "
+                f"different menus, {list(plans[other].space.names)} and {list(plan.space.names)}."
+            )
+    if all(len(plan.space) == 1 for plan in plans.values()):
+        raise ValueError(
+            "There is nothing to search: no layer has more than one format to choose from. Give a menu of two or "
+            "more, or use fliqs_tf.apply(model, format) for fixed formats."
+        )
+
+
+def _log_left_in_float(model) -> None:
+    unknown = [f"{path} ({type(layer).__name__})" for path, layer in trace.left_in_float(model)]
+    if unknown:
+        _LOG.warning("Left in float, because their class is not known: %s.", ", ".join(unknown))
+
+
+def _clone(model: keras.Model, replace: Callable) -> keras.Model:
+    """A copy of a Functional or Sequential model, nested ones too, with its weights.
+
+    Args:
+      model: The original.
+      replace: (layer, copy of it without weights) -> layer to put in its place.
+    """
+    copies: dict[int, Any] = {}
+    pairs = []
+
+    def copy_of(layer):
+        if id(layer) not in copies:
+            if isinstance(layer, keras.Model):
+                copies[id(layer)] = clone(layer)
+            else:
+                copies[id(layer)] = replace(layer, type(layer).from_config(layer.get_config()))
+                pairs.append((layer, copies[id(layer)]))
+        return copies[id(layer)]
+
+    def clone(model):
+        return keras.models.clone_model(model, clone_function=copy_of)
+
+    result = clone(model)
+    for layer, copy in pairs:
+        _copy_weights(layer, copy)
+    return result
+
+
+def _copy_weights(layer, copy) -> None:
+    if isinstance(copy, Quantized):
+        source = layer.layer if isinstance(layer, Quantized) else layer
+        copy.layer.set_weights(source.get_weights())
+        if isinstance(layer, Quantized):
+            for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):
+                new.range.assign(old.range)
+    elif layer.weights:
+        copy.set_weights(layer.get_weights())
