@@ -86,7 +86,7 @@ def load(name, data_dir=None, seed=0, holdout=0.1):
       data_dir: where TFDS keeps its data; None for its default, ~/tensorflow_datasets.
         Not used for digits.
       seed: chooses which examples are held back.
-      holdout: the share of each class of the training split to hold back, above 0 and below 1.
+      holdout: the share of each class of the training split to hold back, at least 0 and below 1; 0 for none.
 
     Returns:
       A `Data`.
@@ -98,14 +98,12 @@ def load(name, data_dir=None, seed=0, holdout=0.1):
     """
     if name not in AUGMENTATION:
         raise ValueError(f"Unknown data set {name!r}. Known data sets: {', '.join(AUGMENTATION)}.")
-    if not 0 < holdout < 1:
-        raise ValueError(
-            f"holdout must be above 0 and below 1 (got {holdout}): rewards need examples that the weights never see."
-        )
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout must be at least 0 and below 1 (got {holdout}).")
     read = _read_digits if name == "digits" else _read_tfds
     (images, labels), (test_images, test_labels) = read(name, data_dir)
     kept, held = stratified_split(labels, holdout, seed)
-    if not (len(kept) and len(held)):
+    if not len(kept) or (holdout and not len(held)):
         raise ValueError(
             f"holdout={holdout} of the {len(labels)} training examples of {name} leaves {len(kept)} for "
             f"training and {len(held)} for quality; both need some."
@@ -214,6 +212,8 @@ def quality_batches(data, batch_size, seed, start_batch=0):
             f"batch_size must be 1 or more and start_batch 0 or more (got {batch_size} and {start_batch})."
         )
     examples = len(data.quality_labels)
+    if not examples:
+        raise ValueError("Nothing is held back for quality: load the data with a holdout above 0, such as 0.1.")
     seed = tf.constant(seed, tf.int64)
     with tf.device("CPU"):
         images, labels = tf.constant(data.quality_images), tf.constant(data.quality_labels)

@@ -90,6 +90,13 @@ def test_test_split_does_not_depend_on_the_seed_and_quality_does(digits):
     assert np.array_equal(again.quality_index, digits.quality_index)
 
 
+def test_splits_are_those_that_recorded_results_were_measured_on(digits):
+    """Golden values: accuracies of different versions must stay comparable."""
+    assert digits.test_labels.sum() == 1613
+    assert digits.test_images.sum(dtype=int) == 111461
+    assert digits.quality_index[:5].tolist() == [13, 57, 63, 78, 82]
+
+
 def test_classes_are_held_back_evenly():
     labels = np.repeat([0, 1, 2], [100, 50, 20])
     rest, held = data_lib.stratified_split(labels, 0.1, seed=3)
@@ -238,6 +245,21 @@ def test_every_shift_and_both_directions_are_drawn():
     assert np.all(np.bincount(y)[2:] > 500 / 5 / 2)
 
 
+def test_augmentation_depends_on_seed_and_step_alone():
+    """All images are the same, so batches differ by their augmentation only."""
+    images = np.zeros((64, 8, 8, 1), np.uint8)
+    images[:, 4, 2] = 9
+    data = dataclasses.replace(marked(64, size=(8, 8), shift=2, flip=True), train_images=images)
+
+    def batches(seed):
+        found = data_lib.train_batches(data, batch_size=64, seed=seed, start_step=0, total_steps=3)
+        return [images.numpy() for images, _ in found]
+
+    first, other = batches(0), batches(1)
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations([*first, *other], 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, batches(0), strict=True))
+
+
 def test_shift_without_flip():
     images = np.zeros((300, 8, 8, 1), np.uint8)
     images[:, 4, 2] = 9
@@ -301,10 +323,17 @@ def test_unknown_name_lists_the_known():
         data_lib.load("mnist")
 
 
-@pytest.mark.parametrize("holdout", [0, 1, -0.1, 2])
+@pytest.mark.parametrize("holdout", [1, -0.1, 2, float("nan")])
 def test_holdout_out_of_range(holdout):
-    with pytest.raises(ValueError, match="holdout must be above 0 and below 1"):
+    with pytest.raises(ValueError, match="holdout must be at least 0 and below 1"):
         data_lib.load("digits", holdout=holdout)
+
+
+def test_without_holdout_all_examples_are_for_training():
+    data = data_lib.load("digits", holdout=0)
+    assert (len(data.train_labels), len(data.quality_labels)) == (1797 - len(data.test_labels), 0)
+    with pytest.raises(ValueError, match="Nothing is held back"):
+        data_lib.quality_batches(data, 10, seed=0)
 
 
 def test_holdout_that_leaves_nothing():

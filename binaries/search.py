@@ -145,6 +145,7 @@ def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> int:
                 steps_per_epoch=steps,
                 quality_data=held_out,
                 callbacks=callbacks,
+                shuffle=False,
                 verbose=0,
             )
         except FloatingPointError as error:

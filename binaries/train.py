@@ -108,6 +108,7 @@ def fit(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
             keras.callbacks.TerminateOnNaN(),
             tables.ProgressBar(total, done * steps_per_epoch),
         ],
+        shuffle=False,
         verbose=0,
     )
 

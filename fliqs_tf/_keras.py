@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 
+import numpy as np
 import tensorflow as tf
 
 # The package itself, not the `tf.keras` view of it, which leaves out parts (keras.saving, keras.StatelessScope).
@@ -50,7 +51,7 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
       averaged: Replicas of a distribution strategy assign different values; readers get their mean.
     """
     options = {"name": name, "shape": shape, "dtype": dtype, "trainable": False}
-    options["initializer"] = keras.initializers.Constant(initial)
+    options["initializer"] = keras.initializers.Constant(np.dtype(dtype).type(initial).item())
     if IS_KERAS_3:
         return layer.add_weight(**options, autocast=False, aggregation="mean" if averaged else "only_first_replica")
     aggregation = tf.VariableAggregation.MEAN if averaged else tf.VariableAggregation.ONLY_FIRST_REPLICA

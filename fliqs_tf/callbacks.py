@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import pathlib
 import time
@@ -13,14 +15,16 @@ import tensorflow as tf
 from fliqs_tf import checkpoints
 from fliqs_tf._keras import keras
 
+_LOG = logging.getLogger("fliqs_tf")
+
 
 class SearchLog(keras.callbacks.Callback):
     """Writes the course of a search.
 
     Every `every` steps a line of `metrics.jsonl`: step, loss, metrics, reward, baseline, quality, expected_cost,
     target_cost, entropy, beta_h, switch_rate, and probabilities {decision: [one per option]}. The same goes to
-    TensorBoard, probabilities as scalars `probabilities/<decision>/<format>`. Validation metrics make a line of
-    their own at the end of an epoch.
+    TensorBoard, if that is installed, probabilities as scalars `probabilities/<decision>/<format>`. Validation
+    metrics make a line of their own at the end of an epoch.
 
     Args:
       directory: Where `metrics.jsonl` and the event files go.
@@ -35,7 +39,10 @@ class SearchLog(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.directory.mkdir(parents=True, exist_ok=True)
         self.file = open(self.directory / "metrics.jsonl", "a")
-        self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
+        if importlib.util.find_spec("tensorboard"):
+            self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
+        else:
+            _LOG.warning("No TensorBoard events: pip install tensorboard. metrics.jsonl has the same figures.")
         self.step = int(self.model.controller.step)
         total = int(self.model.controller.total_steps)
         self.interval = self.every or max(1, total // 200)
@@ -55,14 +62,13 @@ class SearchLog(keras.callbacks.Callback):
         validation = {k: float(v) for k, v in (logs or {}).items() if k.startswith("val_")}
         if validation:
             self._line({"step": self.step, "epoch": epoch + 1, **validation})
-            with self.writer.as_default(step=self.step):
-                for name, value in validation.items():
-                    tf.summary.scalar(name, value)
+            self._scalars(self.step, validation)
 
     def on_train_end(self, logs=None):
         self._write(self.step, {})
         self.file.close()
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
     def _write(self, step: int, logs: dict):
         model = self.model
@@ -70,9 +76,8 @@ class SearchLog(keras.callbacks.Callback):
         reward, baseline, quality, beta = (float(v) for v in np.asarray(model.readout))
         values = {
             **{k: float(v) for k, v in logs.items() if k not in ("reward", "cost", "entropy")},
-            "reward": reward,
-            "baseline": baseline,
-            "quality": quality,
+            # Before the first reading there is nothing to say of these.
+            **({"reward": reward, "baseline": baseline, "quality": quality} if reward or baseline else {}),
             "beta_h": beta,
             "expected_cost": float(model.cost_table.expected(tf.constant(probabilities, tf.float32))),
             "target_cost": model.target_cost,
@@ -87,12 +92,16 @@ class SearchLog(keras.callbacks.Callback):
                 "probabilities": {name: [round(p, 5) for p in row] for name, row in rows.items()},
             }
         )
-        with self.writer.as_default(step=step):
-            for name, value in values.items():
-                tf.summary.scalar(name, value)
-            for decision, row in zip(model.decisions, rows.values()):
-                for option, probability in zip(decision.options, row):
-                    tf.summary.scalar(f"probabilities/{decision.name}/{option}", probability)
+        probability = {
+            f"probabilities/{d.name}/{option}": p for d in model.decisions for option, p in zip(d.options, rows[d.name])
+        }
+        self._scalars(step, values | probability)
+
+    def _scalars(self, step: int, values: dict):
+        if self.writer:
+            with self.writer.as_default(step=step):
+                for name, value in values.items():
+                    tf.summary.scalar(name, value)
 
     def _line(self, row: dict):
         self.file.write(json.dumps(row) + "\n")

@@ -13,7 +13,9 @@ Layers that stay in float count as FP32.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ from fliqs_tf.quantized import Quantized
 from fliqs_tf.recipe import Recipe
 
 FLOAT = Format("FP32")
+_LARGEST = sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +117,30 @@ class Cost:
 
 
 def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
-    def pick(decision, menu):
+    is_recipe = isinstance(formats, Recipe)
+    of_layer = formats.of_layers().get(site.path) if is_recipe else None
+
+    def pick(tensor, decision, menu):
         if decision is None:
             return FLOAT
         if formats is None:
             return Format(menu[0])
-        if not isinstance(formats, Recipe):
+        if not is_recipe:
             return Format(formats)
+        if of_layer is not None:  # the decisions of a plain model are not yet those of the recipe
+            decision = of_layer.get(tensor)
+        elif site.path in formats.float_layers:
+            decision = None
+        if decision is None:
+            return FLOAT
         if decision not in formats.formats:
             raise ValueError(f"The recipe has no format for {decision!r} of model {model_name!r}.")
         return Format(formats.formats[decision])
 
-    return pick(site.weight_decision, site.weight_formats), pick(site.activation_decision, site.activation_formats)
+    return (
+        pick("weights", site.weight_decision, site.weight_formats),
+        pick("activations", site.activation_decision, site.activation_formats),
+    )
 
 
 bops = Cost("BOPs", "GBOPs", 10**9, lambda site, w, a: site.macs * w.bits * a.bits)
@@ -156,25 +171,25 @@ class CostTable:
         self.per_unit = cost.per_unit
         width = max(len(menu) for menu in menus)
         self.constant = 0
-        # Python integers and int64 keep BOPs exact, where float32 would lose digits.
-        self.tables = np.zeros((len(menus), width), np.int64 if cost.name in ("BOPs", "memory") else np.float64)
+        # float64 holds whole numbers up to 2^53 exactly, 9 million GBOPs; float32 would lose digits.
+        self.tables = np.zeros((len(menus), width))
         self.pairs: dict[tuple[int, int], np.ndarray] = {}
         for site in sites:
             w, a = index.get(site.weight_decision), index.get(site.activation_decision)
             weight_menu = menus[w] if w is not None else [Format(f) for f in site.weight_formats]
             input_menu = menus[a] if a is not None else [Format(f) for f in site.activation_formats]
-            prices = [[cost.layer(site, f, g) for g in input_menu] for f in weight_menu]
+            prices = np.array([[cost.layer(site, f, g) for g in input_menu] for f in weight_menu], np.float64)
             if w is None and a is None:
-                self.constant += prices[0][0]
+                self.constant += prices[0, 0]
             elif w == a:
-                self.tables[w, : len(weight_menu)] += np.diag(np.array(prices))
+                self.tables[w, : len(weight_menu)] += np.diag(prices)
             elif a is None:
-                self.tables[w, : len(weight_menu)] += np.array(prices)[:, 0]
+                self.tables[w, : len(weight_menu)] += prices[:, 0]
             elif w is None:
-                self.tables[a, : len(input_menu)] += np.array(prices)[0]
+                self.tables[a, : len(input_menu)] += prices[0]
             else:
-                matrix = self.pairs.setdefault((w, a), np.zeros((width, width), self.tables.dtype))
-                matrix[: len(weight_menu), : len(input_menu)] += np.array(prices)
+                matrix = self.pairs.setdefault((w, a), np.zeros((width, width)))
+                matrix[: len(weight_menu), : len(input_menu)] += prices
         self.sizes = [len(menu) for menu in menus]
 
     def of_samples(self, samples) -> np.ndarray:
@@ -240,7 +255,7 @@ def target(text: str | float, model_cost: Callable[[str], float], unit: str, rea
         if match[2]:
             value *= model_cost(Format(match[2]).name)
     low, high = reachable
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real) or not abs(value) <= _LARGEST:
         raise ValueError(f"target_cost must be a number in {unit} or a text such as '0.25x INT8', got {text!r}.")
     slack = 1e-6 * high
     if not low - slack <= value <= high + slack:

@@ -188,7 +188,7 @@ def _own(vector: tf.Tensor, prior: Prior) -> tf.Tensor:
     return tf.boolean_mask(vector[decisions + 1 :], (prior.residual > 0).ravel())
 
 
-def solve(state: State, prior: Prior, iterations: int = 8) -> State:
+def solve(state: State, prior: Prior, iterations: int = 6) -> State:
     """Brings effects, scale and noise up to date with the sums.
 
     Args:
@@ -205,32 +205,34 @@ def solve(state: State, prior: Prior, iterations: int = 8) -> State:
     def adjoint(effects):
         return _to_z(tf.reshape(effects, [1, decisions, options]), prior)[0]
 
-    def system(z):
-        effects = tf.reshape(_to_effects(z, prior), [size])
-        return z + kappa * adjoint(tf.linalg.matvec(state.gram, effects))
+    def image_of(z):
+        """G A z."""
+        return tf.linalg.matvec(state.gram, tf.reshape(_to_effects(z, prior), [size]))
 
-    z = state.z
-    r = tf.sqrt(scale) / noise * adjoint(state.moment) - system(z)
+    image = image_of(state.z)
+    r = tf.sqrt(scale) / noise * adjoint(state.moment) - state.z - kappa * adjoint(image)
     direction = preconditioner * r
-    rho = tf.tensordot(r, direction, 1)
 
-    def step(i, z, r, direction, rho):
-        image = system(direction)
-        alpha = tf.math.divide_no_nan(rho, tf.tensordot(direction, image, 1))
-        z, r = z + alpha * direction, r - alpha * image
+    def step(i, z, image, r, direction, rho):
+        moved = image_of(direction)
+        change = direction + kappa * adjoint(moved)
+        alpha = tf.math.divide_no_nan(rho, tf.reduce_sum(direction * change))
+        r -= alpha * change
         smoothed = preconditioner * r
-        new_rho = tf.tensordot(r, smoothed, 1)
-        return i + 1, z, r, smoothed + tf.math.divide_no_nan(new_rho, rho) * direction, new_rho
+        new_rho = tf.reduce_sum(r * smoothed)
+        direction_next = smoothed + tf.math.divide_no_nan(new_rho, rho) * direction
+        return i + 1, z + alpha * direction, image + alpha * moved, r, direction_next, new_rho
 
-    z = tf.while_loop(
-        lambda i, *_: i < iterations, step, (0, z, r, direction, rho), maximum_iterations=iterations, parallel_iterations=1
-    )[1]
+    start = (tf.constant(0), state.z, image, r, direction, tf.reduce_sum(r * direction))
+    _, z, image, *_ = tf.while_loop(
+        lambda i, *_: i < iterations, step, start, maximum_iterations=iterations, parallel_iterations=1
+    )
     effects = tf.sqrt(scale) * _to_effects(z, prior)
     flat = tf.reshape(effects, [size])
+    predicted = tf.sqrt(scale) * image
     # Expectation-maximization. Entries that the data say nothing of have z = 0, variance 1, and do not move the scale.
     new_scale = scale * tf.reduce_mean(_own(z**2 + preconditioner, prior))
-    error = state.square - 2.0 * tf.tensordot(flat, state.moment, 1)
-    error += tf.tensordot(flat, tf.linalg.matvec(state.gram, flat), 1)
+    error = state.square + tf.reduce_sum(flat * (predicted - 2.0 * state.moment))
     # Degrees of freedom used up; the diagonal approximation may count one twice, hence the bound.
     used = tf.minimum(tf.reduce_sum(1.0 - preconditioner), 0.5 * state.count)
     new_noise = tf.math.divide_no_nan(tf.maximum(error, 0.0) + noise * used, state.count)

@@ -77,11 +77,8 @@ class _SearchLoop(keras.callbacks.Callback):
         super().__init__()
         self.search_model, self.step, self.batches = search_model, start, batches
         self.batch_size = None
-        strategy = search_model.distribute_strategy
-        self.draw = tf.function(lambda: strategy.run(search_model.draw_for_reading))
-        self.read = tf.function(lambda data, sample: strategy.run(search_model.read_quality, (data, sample)))
-        self.learn = tf.function(lambda samples, quality: strategy.run(search_model.learn, (samples, quality)))
-        self.strategy = strategy
+        self.strategy = search_model.distribute_strategy
+        self.draw, self.read, self.learn = _reading_functions(search_model)
         self.decided = bool(search_model.controller.decided.numpy())
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -132,6 +129,18 @@ class _SearchLoop(keras.callbacks.Callback):
             )
 
 
+def _reading_functions(model) -> tuple:
+    """(draw, read, learn) as graphs, made once per `compile`: a second `fit` traces nothing again."""
+    search, strategy = model._search, model.distribute_strategy
+    if "functions" not in search:
+        search["functions"] = (
+            tf.function(lambda: strategy.run(model.draw_for_reading)),
+            tf.function(lambda data, sample: strategy.run(model.read_quality, (data, sample))),
+            tf.function(lambda samples, quality: strategy.run(model.learn, (samples, quality))),
+        )
+    return search["functions"]
+
+
 def _endless(quality_data, batch_size: int):
     """Batches of quality data, over and over."""
     if not isinstance(quality_data, tf.data.Dataset):
@@ -148,17 +157,19 @@ def inputs_of(data):
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], int):
         data, batch_size = data
     if isinstance(data, tf.data.Dataset):
-        data = (b[0] if isinstance(b, tuple) else b for b in data)
+        batches = (b[0] if isinstance(b, tuple) else b for b in data)
     elif all(hasattr(a, "shape") for a in tf.nest.flatten(data)):
-        size, length = batch_size or 32, tf.nest.flatten(data)[0].shape[0]
-        data = (
-            tf.nest.map_structure(lambda a, i=i: np.asarray(a[i : i + size]), data) for i in range(0, length, size)
-        )
+        batches = _slices(data, batch_size or 32)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        data = (data[i][0] for i in range(len(data)))
+        batches = (data[i][0] for i in range(len(data)))
     else:
         return []  # a generator that training has used up
-    return itertools.islice(data, _ESTIMATION_BATCHES)
+    return itertools.islice(batches, _ESTIMATION_BATCHES)
+
+
+def _slices(arrays, size: int):
+    for start in range(0, tf.nest.flatten(arrays)[0].shape[0], size):
+        yield tf.nest.map_structure(lambda a: np.asarray(a[start : start + size]), arrays)  # noqa: B023
 
 
 def _as_list(callbacks) -> list:

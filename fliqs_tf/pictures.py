@@ -137,7 +137,7 @@ def probabilities_figure(steps, probabilities, decisions, options, title="Format
 _PANELS = (
     ("Reward", "reward", ("reward", "baseline")),
     ("Expected cost", "cost", ("expected_cost", "target_cost")),
-    ("Entropy of the controller", "entropy (nats)", ("entropy", "beta_h")),
+    ("Entropy of the controller", "share of its maximum", ("entropy", "beta_h")),
     ("Training loss", "loss", ("loss",)),
     ("Training accuracy", "accuracy", ("accuracy",)),
     ("Layers that switched", "share of layers", ("switch_rate",)),
@@ -148,8 +148,8 @@ def curves_figure(rows, cost_unit="", title="The search over its steps"):
     """Small panels over the steps: reward, cost, entropy, loss, accuracy, switch rate; only those that rows hold.
 
     Args:
-      rows: dicts with "step" and any of "reward", "baseline", "expected_cost", "target_cost", "entropy", "beta_h",
-        "loss", "accuracy", "switch_rate".
+      rows: dicts with "step" and any of "reward", "baseline", "expected_cost", "target_cost", "entropy" (over its
+        maximum), "beta_h", "loss", "accuracy", "switch_rate".
       cost_unit: such as "GBOPs".
       title: of the picture.
 
@@ -258,12 +258,12 @@ def _draw_curves(axes, series):
         elif key == "baseline":
             axes.plot(steps, values, color=_BLUE, linewidth=1.5, label="baseline")
         elif key == "reward" and len(series["baseline"][0]):
-            axes.plot(steps, values, color=_BLUE, linewidth=0.8, alpha=0.3, label="of a step")
+            axes.plot(steps, values, color=_BLUE, linewidth=0.8, alpha=0.3, label="reading")
         elif len(steps) < 60 or key in ("entropy", "expected_cost"):
             axes.plot(steps, values, color=_BLUE, linewidth=1.5)
         else:
             # Said once is enough: the other panels do the same.
-            labels = ("of a step", "running mean") if key == "loss" else (None, None)
+            labels = ("reading", "running mean") if key == "loss" else (None, None)
             axes.plot(steps, values, color=_BLUE, linewidth=0.8, alpha=0.3, label=labels[0])
             axes.plot(steps, _running_mean(values), color=_BLUE, linewidth=1.5, label=labels[1])
     if "switch_rate" in series or "entropy" in series:

@@ -18,7 +18,8 @@ _HOTTEST = 1e-3
 _TIE = 1e-3
 # Prices reach +-1e8 spreads; asinh(1e3 * price) runs in +-_PRICE_RANGE.
 _PRICE_RANGE = float(np.arcsinh(1e11))
-_GRID = 8
+# Search effort: rounds of a grid of prices, within halvings of the temperature.
+_GRID, _ROUNDS, _HALVINGS = 8, 6, 12
 
 
 def softmax(logits: tf.Tensor, mask: np.ndarray) -> tf.Tensor:
@@ -101,51 +102,60 @@ def boltzmann(
     tie = (1.0 + np.arange(decisions)[:, None] / decisions) * np.arange(options) / options
     worth = centred / spread + _TIE * tie.astype(np.float32)
 
-    def logits_at(inverse_temperature, u):
-        """u [m] -> prices [m], logits [m, D, N]."""
-        price = tf.sinh(u) * 1e-3
-        return price, log_base + inverse_temperature * (worth - price[:, None, None] * gradient)
+    # Options come first from here on: sums over them then run over whole rows, which compiles to faster code.
+    worth, rise, base = tf.transpose(worth), tf.transpose(gradient), tf.transpose(log_base)
+    base = tf.where(mask.T, base, float("-inf"))
+
+    def logits_at(inverse_temperature, price):
+        return base + inverse_temperature * (worth - price * rise)
 
     def too_cheap(price, ratio):
         return slope(ratio) > price * spread
 
     def find_price(inverse_temperature):
-        low, high = tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE)
-
         def refine(i, low, high):
             # A grid in place of halving: as many prices at once, a third of the passes.
-            grid = low + (high - low) * np.linspace(0, 1, _GRID + 2)[1:-1].astype(np.float32)
-            price, logits = logits_at(inverse_temperature, grid)
-            ratio = constant + tf.reduce_sum(softmax(logits, mask) * gradient, axis=[1, 2])
-            index = tf.reduce_sum(tf.cast(too_cheap(price, ratio), tf.float32))
             cell = (high - low) / (_GRID + 1)
+            price = _price(low + cell * np.arange(1.0, _GRID + 1, dtype=np.float32))
+            logits = base[:, None] + inverse_temperature * (worth[:, None] - price[:, None] * rise[:, None])
+            odds = tf.exp(logits - tf.reduce_max(logits, axis=0))
+            each = tf.reduce_sum(odds * rise[:, None], axis=0) / tf.reduce_sum(odds, axis=0)
+            cheap = too_cheap(price, constant + tf.reduce_sum(each, axis=1))
+            index = tf.reduce_sum(tf.cast(cheap, tf.float32))
             return i + 1, low + index * cell, low + (index + 1.0) * cell
 
-        _, low, high = _repeat(7, refine, low, high)
-        return (low + high) / 2.0
+        _, low, high = _repeat(_ROUNDS, refine, tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE))
+        return _price((low + high) / 2.0)
 
     def halve(i, low, high):
         middle = (low + high) / 2.0
         inverse_temperature = tf.exp(middle)
-        _, logits = logits_at(inverse_temperature, find_price(inverse_temperature)[None])
-        hot = entropy(softmax(logits[0], mask), mask) > target_entropy
+        logits = logits_at(inverse_temperature, find_price(inverse_temperature))
+        hot = entropy(softmax(tf.transpose(logits), mask), mask) > target_entropy
         return i + 1, tf.where(hot, middle, low), tf.where(hot, high, middle)
 
-    _, low, high = _repeat(14, halve, tf.constant(np.log(_HOTTEST), tf.float32), tf.constant(np.log(_COLDEST), tf.float32))
+    _, low, high = _repeat(
+        _HALVINGS, halve, tf.constant(np.log(_HOTTEST), tf.float32), tf.constant(np.log(_COLDEST), tf.float32)
+    )
     inverse_temperature = tf.exp((low + high) / 2.0)
 
     def exact(i, low, high):
         """The price once more, by the cost itself and not its gradient."""
         middle = (low + high) / 2.0
-        price, logits = logits_at(inverse_temperature, middle[None])
-        up = too_cheap(price, expected_ratio(softmax(logits[0], mask))[None])[0]
+        price = _price(middle)
+        probabilities = softmax(tf.transpose(logits_at(inverse_temperature, price)), mask)
+        up = too_cheap(price[None], expected_ratio(probabilities)[None])[0]
         return i + 1, tf.where(up, middle, low), tf.where(up, high, middle)
 
-    _, low, high = _repeat(28, exact, tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE))
+    _, _, high = _repeat(28, exact, tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE))
     # Of the two ends of the last bracket the upper price: where a target is a bound, on its right side.
-    _, logits = logits_at(inverse_temperature, high[None])
-    logits = tf.where(mask, logits[0], 0.0)
-    return logits - tf.reduce_max(tf.where(mask, logits, float("-inf")), axis=1, keepdims=True)
+    logits = tf.transpose(logits_at(inverse_temperature, _price(high)))
+    logits -= tf.reduce_max(logits, axis=1, keepdims=True)
+    return tf.where(mask, logits, 0.0)
+
+
+def _price(u):
+    return 1e-3 * tf.sinh(u)
 
 
 def _repeat(times: int, body, *state):

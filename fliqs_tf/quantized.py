@@ -53,6 +53,7 @@ class Quantized(keras.layers.Wrapper):
             if len(kernels) == 2:  # the tensor between the two convolutions of a separable one
                 self.middle_quantizer = ActivationQuantizer(activation_formats, name="middle_quantizer")
         self.supports_masking = getattr(layer, "supports_masking", False)
+        self.activity_regularizer = layer.activity_regularizer  # the layer inside is not called as a layer
 
     @property
     def quantized_layer(self):

@@ -31,6 +31,7 @@ class Quantizer(keras.layers.Layer):
         self.choice = (
             add_state(self, "choice", (), "int32", initial=len(self.space) - 1) if len(self.space) > 1 else None
         )
+        self.supports_masking = True
         self.built = True
 
     def format_row(self) -> tf.Tensor:

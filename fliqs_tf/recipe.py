@@ -6,13 +6,16 @@ import dataclasses
 import json
 import os
 import pathlib
+import reprlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fliqs_tf import trace
 from fliqs_tf.formats import Format
 
 TENSORS = ("together", "weights", "separate")
+_KEYS = ("formats", "tensors", "layers")
 _MOST_BYTES = 16 * 2**20
 
 
@@ -35,11 +38,17 @@ class Recipe:
 
     def __post_init__(self):
         if not isinstance(self.formats, Mapping) or not self.formats:
-            raise ValueError(f'A recipe needs "formats": {{decision: format}}, got {self.formats!r}.')
+            raise ValueError(f'A recipe needs "formats": {{decision: format}}, got {reprlib.repr(self.formats)}.')
         if self.tensors not in TENSORS:
-            raise ValueError(f'"tensors" must be one of {", ".join(TENSORS)}, got {self.tensors!r}.')
+            raise ValueError(f'"tensors" must be one of {", ".join(TENSORS)}, got {reprlib.repr(self.tensors)}.')
         object.__setattr__(self, "formats", {str(k): _format_name(k, v) for k, v in self.formats.items()})
         object.__setattr__(self, "layers", _layer_lists(self.layers, self.formats))
+        if self.tensors == "separate":
+            _check_pairs(self.formats)
+        self.of_layers()
+        in_float = self.info.get("float_layers", ())
+        if not isinstance(in_float, (list, tuple)) or not all(isinstance(p, str) for p in in_float):
+            raise ValueError(f'"float_layers" must be a list of layer names, got {reprlib.repr(in_float)}.')
 
     @classmethod
     def uniform(cls, model, fmt: Format | str) -> Recipe:
@@ -53,18 +62,38 @@ class Recipe:
         if hasattr(model, "recipe"):
             recipe = model.recipe()
             return dataclasses.replace(recipe, formats={d: name for d in recipe.formats}, info={})
-        from fliqs_tf import trace  # only here does a recipe look at a model
-
         return cls({path: name for path, _ in trace.quantizable(model)})
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Layers that the search left in float, from `info`."""
+        return tuple(self.info.get("float_layers", ()))
+
+    def of_layers(self) -> dict[str, dict[str, str]]:
+        """{layer path: {"weights": decision, "activations": decision}}, without activations that stay in float.
+
+        Raises:
+          ValueError: A layer is in two decisions.
+        """
+        found: dict[str, dict[str, str]] = {}
+        both = {"together": ("weights", "activations"), "weights": ("weights",)}
+        for decision in self.formats:
+            name, reads = decision, both.get(self.tensors)
+            if reads is None:
+                name, _, read = decision.rpartition("/")
+                reads = (read,)
+            for path in self.layers.get(decision, (name,)):
+                for read in reads:
+                    other = found.setdefault(path, {}).setdefault(read, decision)
+                    if other != decision:
+                        raise ValueError(f"Layer {path!r} is in the decisions {other!r} and {decision!r}.")
+        return found
 
     def to_dict(self) -> dict:
         """Plain JSON data; `from_dict` of it is an equal recipe."""
-        return {
-            "formats": dict(self.formats),
-            "tensors": self.tensors,
-            **({"layers": {k: list(v) for k, v in self.layers.items()}} if self.layers else {}),
-            **self.info,
-        }
+        layers = {"layers": {k: list(v) for k, v in self.layers.items()}} if self.layers else {}
+        own = {"formats": dict(self.formats), "tensors": self.tensors, **layers}
+        return {**own, **{k: v for k, v in self.info.items() if k not in _KEYS}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -75,7 +104,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping) or "formats" not in data:
             raise ValueError('A recipe is a JSON object with the key "formats": {decision: format}.')
-        info = {k: v for k, v in data.items() if k not in ("formats", "tensors", "layers")}
+        info = {k: v for k, v in data.items() if k not in _KEYS}
         return cls(data["formats"], data.get("tensors", "together"), data.get("layers", {}), info)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -94,7 +123,7 @@ class Recipe:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {_MOST_BYTES}.")
         try:
-            return cls.from_dict(json.loads(path.read_bytes()))
+            return cls.from_dict(json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates))
         except RecursionError:
             raise ValueError(f"{path} is not a recipe: nested too deeply.") from None
         except ValueError as error:
@@ -136,6 +165,31 @@ def write_json(path: str | os.PathLike, data) -> None:
         raise
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError(f"{_first_repeated([key for key, _ in pairs])!r} is there twice.")
+    return data
+
+
+def _first_repeated(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
+
+
+def _check_pairs(formats) -> None:
+    """Weights and activations chosen apart: both must be there."""
+    for decision in formats:
+        layer, _, tensor = decision.rpartition("/")
+        other = {"weights": "activations", "activations": "weights"}.get(tensor)
+        if not layer or not other:
+            raise ValueError(
+                f'With "tensors": "separate" decisions are named "LAYER/weights" and "LAYER/activations", '
+                f"got {decision!r}."
+            )
+        if f"{layer}/{other}" not in formats:
+            raise ValueError(f'"formats" has {decision!r} but not "{layer}/{other}".')
+
+
 def _format_name(decision: str, fmt) -> str:
     try:
         return Format(fmt).name
@@ -145,12 +199,16 @@ def _format_name(decision: str, fmt) -> str:
 
 def _layer_lists(layers, formats) -> dict[str, tuple[str, ...]]:
     if not isinstance(layers, Mapping):
-        raise ValueError(f'"layers" must be {{decision: [layer names]}}, got {layers!r}.')
+        raise ValueError(f'"layers" must be {{decision: [layer names]}}, got {reprlib.repr(layers)}.')
     for decision, paths in layers.items():
         if decision not in formats:
             raise ValueError(f'"layers" names the decision {decision!r}, which "formats" does not have.')
-        if not isinstance(paths, (list, tuple)) or not all(isinstance(p, str) for p in paths):
-            raise ValueError(f'"layers" of decision {decision!r} must be a list of layer names, got {paths!r}.')
+        if not isinstance(paths, (list, tuple)) or not paths or not all(isinstance(p, str) for p in paths):
+            raise ValueError(
+                f'"layers" of decision {decision!r} must be a list of layer names, got {reprlib.repr(paths)}.'
+            )
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"Layer {_first_repeated(paths)!r} is in {decision!r} twice.")
     return {k: tuple(v) for k, v in layers.items()}
 
 

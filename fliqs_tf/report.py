@@ -6,8 +6,8 @@ What a run directory holds (`binaries/search.py` writes it; all of it is optiona
 or metrics, so that a run that was stopped can be looked at too):
 
 * `recipe.json`: {"formats": {decision: format}, "cost", "cost_unit", "target_cost", "accuracy", "reference": [{"name",
-  "accuracy", "cost"}], "table": [{"name", "macs", "weights", "weight_format", "activation_format", "cost",
-  "decision"}], "seed", "versions", "flags"}. The table may also stand under "layers".
+  "accuracy", "cost"}], "layers_table": [{"name", "macs", "weights", "weight_format", "activation_format", "cost",
+  "decision"}], "seed", "versions", "flags"}.
 * `metrics.jsonl`: a JSON object per line with "step" and readings (see `pictures.curves_figure`); some also have
   "probabilities": {decision: [p, ...]}.
 * `decisions.json`: [{"name": decision, "options": [format, ...]}].
@@ -72,7 +72,7 @@ def write_report(run_dir):
     unit = recipe.get("cost_unit", "")
     drawn = []
 
-    layers = layer_table(recipe)
+    layers = recipe.get("layers_table", [])
     if layers:
         title = "Formats and share of the cost per layer"
         if "cost" in recipe:
@@ -131,12 +131,17 @@ def read_metrics(path):
     return rows, unreadable
 
 
-def layer_table(recipe):
-    """The list of layers in the contents of a recipe.json, [] if there is none."""
-    for key in ("table", "layers"):
-        if isinstance(recipe.get(key), list):
-            return recipe[key]
-    return []
+def comparison_base(rows):
+    """The row that costs are given relative to: uniform INT8 if there is one, else the first that has a cost.
+
+    Args:
+      rows: dicts with "name" and perhaps "cost".
+
+    Returns:
+      One of the rows, or None.
+    """
+    priced = [row for row in rows if row.get("cost")]
+    return next((row for row in priced if row["name"].startswith("uniform INT8")), priced[0] if priced else None)
 
 
 def _read_json(path, default):
@@ -231,17 +236,22 @@ def _headline(recipe, layers):
 
 
 def _results(recipe):
-    """What the recipe is compared with, and the recipe; costs relative to uniform INT8, or else to the recipe."""
+    """The recipe found, and what it is compared with."""
     found = {"name": "found by the search", "accuracy": recipe.get("accuracy"), "cost": recipe.get("cost")}
     rows = [*recipe.get("reference", []), found]
-    base = next((row for row in rows if row["name"] == "uniform INT8" and row.get("cost")), found)
-    cells = []
-    for row in rows:
-        cost, base_cost = row.get("cost"), base.get("cost")
-        relative = f"{cost / base_cost:.3f}" if cost is not None and base_cost else "–"
-        cells.append([row["name"], _percent(row.get("accuracy")), _number(cost), relative])
+    base = comparison_base(rows)
+    cells = [
+        [
+            row["name"],
+            _percent(row.get("accuracy")),
+            _number(row.get("cost")),
+            f"{row['cost'] / base['cost']:.3f}" if base and row.get("cost") is not None else "–",
+        ]
+        for row in rows
+    ]
     unit = recipe.get("cost_unit", "")
-    header = ["", "accuracy", f"cost ({unit})" if unit else "cost", f"cost / {base['name']}"]
+    header = ["", "accuracy", f"cost ({unit})" if unit else "cost"]
+    header.append(f"cost / {base['name'].partition(',')[0]}" if base else "")
     return _table(header, cells, 1, strong=len(cells) - 1)
 
 

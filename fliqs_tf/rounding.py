@@ -163,5 +163,5 @@ def fake_quant(x, fmt: Format | str, axis=None, *, amax=None) -> tf.Tensor:
     dtype = x.dtype if x.dtype.is_floating else tf.float32
     x = tf.cast(x, tf.float32)
     own_range = amax is None
-    amax = absolute_max(x, axis) if own_range else tf.convert_to_tensor(amax, tf.float32)
+    amax = absolute_max(x, axis) if own_range else tf.stop_gradient(tf.convert_to_tensor(amax, tf.float32))
     return tf.cast(quantize(x, amax, tf.constant(row(fmt)), saturates=not own_range), dtype)

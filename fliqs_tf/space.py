@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from fliqs_tf.formats import Format
 
@@ -47,7 +47,7 @@ class Space:
         return len(self.formats)
 
 
-def _ordered(menu: str | Space | Sequence[str | Format]) -> tuple[Format, ...]:
+def _ordered(menu: str | Space | Iterable[str | Format]) -> tuple[Format, ...]:
     if isinstance(menu, Space):
         return menu.formats
     if isinstance(menu, (str, Format)):
@@ -58,6 +58,8 @@ def _ordered(menu: str | Space | Sequence[str | Format]) -> tuple[Format, ...]:
                 f"for example ['INT4', 'INT8']."
             )
         menu = PRESETS[key]
+    if not isinstance(menu, Iterable):
+        raise ValueError(f"A menu is the name of a preset or a list of formats, got {menu!r}.")
     formats = [Format(f) for f in menu]
     if not formats:
         raise ValueError("A menu needs at least one format, got none. To leave layers in float use a rule with None.")

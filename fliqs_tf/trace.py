@@ -90,6 +90,11 @@ def _macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     return math.prod(outputs) * window * (in_channels // layer.groups)
 
 
+def is_network(layer: keras.layers.Layer) -> bool:
+    """True for a Functional or Sequential model, whose layers can be replaced; a subclassed model is one layer."""
+    return isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
+
+
 def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
     """(path, layer) of every layer of a model, into nested models, each layer once, in the model's order."""
     seen = set()
@@ -99,7 +104,7 @@ def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.laye
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            if isinstance(layer, keras.Model):
+            if is_network(layer):
                 yield from visit(layer, f"{prefix}{layer.name}/")
             else:
                 yield f"{prefix}{layer.name}", layer
@@ -120,7 +125,7 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
     Raises:
       ValueError: The model is not built, or leaves a size open and no `input_shape` is given.
     """
-    found = [(path, layer) for path, wrapped in walk(model) if kernels(layer := _unwrapped(wrapped))]
+    found = [(path, layer) for path, layer in walk(model) if kernels(_unwrapped(layer))]
     with _recording([layer for _, layer in found]) as calls:
         specs = _input_specs(model, input_shape)
         tf.function(lambda *inputs: model(_like_inputs(model, inputs), training=False)).get_concrete_function(*specs)
@@ -128,10 +133,11 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
         TracedLayer(
             path,
             layer,
-            sum(_macs(layer, i, o) for i, o in calls[id(layer)]),
+            sum(_macs(layer, i, o) for i, o in calls[id(called)]),
             sum(math.prod(getattr(layer, k.attribute).shape) for k in kernels(layer)),
         )
-        for path, layer in found
+        for path, called in found
+        for layer in (_unwrapped(called),)
     ]
 
 
@@ -170,7 +176,8 @@ def overridden_calls(overrides: dict):
 
 
 def _like_inputs(model, tensors):
-    return tf.nest.pack_sequence_as(model.input, tensors)
+    # A Sequential model of Keras 3 has no `input`.
+    return tf.nest.pack_sequence_as(getattr(model, "input", model.inputs[0]), tensors)
 
 
 def _input_specs(model, input_shape) -> list[tf.TensorSpec]:
@@ -199,5 +206,5 @@ def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
         for path, layer in walk(model)
         if not kernels(layer)
         and not hasattr(layer, "quantized_layer")
-        and any(len(w.shape) > 1 for w in layer.trainable_weights)
+        and any(len(w.shape) > 1 for w in layer.weights)
     ]

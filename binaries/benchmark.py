@@ -1,0 +1,192 @@
+"""What quantization and search cost in time and memory, in ratios to float training.
+
+    python binaries/benchmark.py                      # ResNet-20, both Kerases: about 15 minutes
+    python binaries/benchmark.py --keras=legacy       # one of them
+    python binaries/benchmark.py --controller         # the controller alone, on landscapes with a known optimum
+
+Times: configurations take turns in one process, round by round, so that a change of the machine's speed meets all of
+them; the median counts. Memory and first steps: a process each. Training batches are made once, so no input pipeline
+is measured. The machine must have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import fliqs_tf  # noqa: E402
+import models  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from absl import app, flags  # noqa: E402
+from fliqs_tf._keras import IS_KERAS_3, keras  # noqa: E402
+from fliqs_tf.recipe import write_json  # noqa: E402
+
+from binaries import landscapes, tables  # noqa: E402
+from binaries.run_dir import versions  # noqa: E402
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("controller", False, "Benchmark the controller on synthetic landscapes instead.")
+flags.DEFINE_enum("keras", "both", ["both", "3", "legacy"], "Which Keras.")
+flags.DEFINE_integer("rounds", 7, "Rounds of each configuration.", lower_bound=1)
+flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
+flags.DEFINE_string("json", "benchmark.json", "Where the figures go.")
+flags.DEFINE_string("worker", None, "Internal: what to measure in this process.")
+
+BATCH = 64
+SPACES = {
+    "search, 2 options": ["INT4", "INT8"],
+    "search, 6 options": "FLIQS-L-INT",
+    "search, 14 options": fliqs_tf.PRESETS["FLIQS-L-FLOAT"][:-1],
+}
+HELD_OUT = "search, 3 options, held-out quality"
+
+
+def main(argv):
+    if len(argv) > 1:
+        sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
+    if FLAGS.controller:
+        landscapes.main(argv)
+    elif FLAGS.worker:
+        kind, _, name = FLAGS.worker.partition(":")
+        print(json.dumps({"times": times, "memory": memory, "first": first_step}[kind](*([name] if name else []))))
+    else:
+        results = {"versions": versions(), "cores": os.cpu_count(), "batch": BATCH, "steps": FLAGS.steps}
+        for which in ("legacy", "3") if FLAGS.keras == "both" else (FLAGS.keras,):
+            results[which] = measure(which)
+            write_json(FLAGS.json, results)
+            show(which, results[which])
+
+
+def measure(which: str) -> dict:
+    """All figures under one Keras."""
+    names = list(configurations(which == "legacy"))
+    return {
+        "times": _worker(which, "times"),
+        "memory": {name: _worker(which, f"memory:{name}") for name in names},
+        "first": {name: _worker(which, f"first:{name}") for name in ("float", "search, 2 options")},
+    }
+
+
+def _worker(which: str, task: str):
+    environment = dict(os.environ, TF_USE_LEGACY_KERAS="1" if which == "legacy" else "0")
+    command = [sys.executable, __file__, f"--worker={task}", f"--rounds={FLAGS.rounds}", f"--steps={FLAGS.steps}"]
+    print(f"{which}: {task}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def configurations(legacy: bool) -> dict:
+    """Name -> function that makes a compiled model from a float one."""
+    made = {"float": _compiled, "fixed INT8": lambda model: _compiled(fliqs_tf.apply(model, "INT8"))}
+    if legacy:
+        made["TFMOT INT8"] = lambda model: _compiled(_tfmot(model))
+    for name, space in SPACES.items():
+        made[name] = lambda model, space=space: _search(model, space)
+    made[HELD_OUT] = lambda model: _search(model, "FLIQS-S-INT")
+    return made
+
+
+def _tfmot(model):
+    import tensorflow_model_optimization as tfmot
+
+    return tfmot.quantization.keras.quantize_model(model)
+
+
+def _compiled(model, **search):
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+        **search,
+    )
+    return model
+
+
+def _search(model, space):
+    wrapped = fliqs_tf.wrap(model, space)
+    return _compiled(wrapped, target_cost="0.625x INT8", search_steps=1_000_000, controller={"delay": 0})
+
+
+def _data(shape, batch: int) -> tf.data.Dataset:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(batch, *shape)).astype(np.float32)
+    labels = rng.integers(0, 10, batch)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # it rounds epochs up to 2.56 s and more
+    return tf.data.Dataset.from_tensors((images, labels)).repeat().with_options(options)
+
+
+def _fit(model, name: str, data, steps: int) -> None:
+    held_out = {"quality_data": data} if name == HELD_OUT else {}
+    model.fit(data, steps_per_epoch=steps, epochs=1, verbose=0, **held_out)
+
+
+def times() -> dict:
+    """ms per training step of every configuration, and of a float forward pass: {name: {"wall": ms, "cpu": ms}}."""
+    data = _data((32, 32, 3), BATCH)
+    made = {name: make(models.get("resnet20")) for name, make in configurations(not IS_KERAS_3).items()}
+    runs = {name: (lambda name=name, model=model: _fit(model, name, data, FLAGS.steps)) for name, model in made.items()}
+    forward = tf.function(lambda x: made["float"](x, training=False))
+    batch = next(iter(data))[0]
+    runs["float forward"] = lambda: [forward(batch) for _ in range(FLAGS.steps)]
+    found = {name: {"wall": [], "cpu": []} for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(FLAGS.rounds):
+        for name, run in runs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            found[name]["wall"].append((time.perf_counter() - wall) / FLAGS.steps * 1e3)
+            found[name]["cpu"].append((time.process_time() - cpu) / FLAGS.steps * 1e3)
+    return {name: {kind: float(np.median(values)) for kind, values in by.items()} for name, by in found.items()}
+
+
+def memory(name: str) -> float:
+    """Peak memory of a process that trains one configuration, in MiB."""
+    model = configurations(not IS_KERAS_3)[name](models.get("resnet20"))
+    _fit(model, name, _data((32, 32, 3), BATCH), 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def first_step(name: str) -> float:
+    """Seconds of wrap, compile and first training step of MobileNetV2 at 224 x 224, batch 8. The float model is there."""
+    model = keras.applications.MobileNetV2(weights=None, classes=10, classifier_activation=None)
+    data = _data((224, 224, 3), 8)
+    start = time.perf_counter()
+    _fit(configurations(not IS_KERAS_3)[name](model), name, data, 1)
+    return time.perf_counter() - start
+
+
+def show(which: str, result: dict) -> None:
+    """Prints one table."""
+    wall = {name: value["wall"] for name, value in result["times"].items()}
+    rows = []
+    for name, value in wall.items():
+        row = {"name": name, "ms per step": f"{value:.1f}", "to float": f"{value / wall['float']:.3f}"}
+        if name in result["memory"]:
+            peak = result["memory"][name]
+            row |= {"peak MiB": f"{peak:.0f}", "to fixed INT8": f"{peak / result['memory']['fixed INT8']:.3f}"}
+        rows.append(row)
+    first = result["first"]
+    fair = wall["float"] + wall["float forward"]  # a default search makes one forward pass per step
+    tables.print_tables(
+        tables.plain_table(rows, title=f"ResNet-20, 32 x 32, batch {BATCH}, Keras {which}"),
+        f"{HELD_OUT}: {wall[HELD_OUT] / fair:.3f} x (float step + float forward pass)",
+        f"14 options to 2: {wall['search, 14 options'] / wall['search, 2 options']:.3f}",
+        f"MobileNetV2, wrap + compile + first step: {first['search, 2 options']:.1f} s, float {first['float']:.1f} s, "
+        f"ratio {first['search, 2 options'] / first['float']:.2f}",
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

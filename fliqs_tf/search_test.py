@@ -1,0 +1,262 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fliqs_tf
+from fliqs_tf import search
+from fliqs_tf._keras import keras
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(128, 8, 8, 1)).astype(np.float32)
+# Which quadrant is brightest: easy, but not for one pixel.
+LABELS = np.stack(
+    [IMAGES[:, :4, :4], IMAGES[:, :4, 4:], IMAGES[:, 4:, :4], IMAGES[:, 4:, 4:]], axis=1
+).sum(axis=(2, 3, 4)).argmax(axis=1)
+
+
+def convnet():
+    return keras.Sequential(
+        [
+            keras.layers.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3, strides=2, name="conv"),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(8, activation="relu", name="hidden"),
+            keras.layers.Dense(4, name="logits"),
+        ],
+        name="convnet",
+    )
+
+
+def compiled(space=("INT4", "INT8"), model=None, **options):
+    keras.utils.set_random_seed(1)
+    qmodel = fliqs_tf.wrap(model or convnet(), space)
+    qmodel.compile(
+        keras.optimizers.Adam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # Compiling the controller takes longer than running it for these few steps.
+        **{"target_cost": "0.625x INT8", "controller": {"jit_compile": False}, **options},
+    )
+    return qmodel
+
+
+@pytest.fixture(scope="module")
+def searched():
+    qmodel = compiled()
+    history = qmodel.fit(
+        IMAGES, LABELS, batch_size=32, epochs=20, verbose=0, quality_data=(IMAGES[:64], LABELS[:64])
+    )
+    return qmodel, history.history
+
+
+def test_logs_say_how_the_search_goes(searched):
+    qmodel, logs = searched
+    assert {"loss", "accuracy", "reward", "cost", "entropy", "switch_rate"} <= set(logs)
+    # 5 of 20 epochs are drawn almost uniformly: the odds of INT4 to INT8 are 1 / (1 + (noise / 0.05)^2) to 1.
+    narrow = 1 / (1 + (fliqs_tf.Format("INT4").noise() / 0.05) ** 2)
+    share = narrow / (1 + narrow)
+    uniform = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
+    np.testing.assert_allclose(logs["entropy"][:4], uniform, rtol=1e-4)
+    assert logs["entropy"][-1] < 0.01
+    assert logs["switch_rate"][-1] == 0
+    exact = fliqs_tf.costs.bops(qmodel, qmodel.recipe())
+    np.testing.assert_allclose(logs["cost"][-1], exact, rtol=1e-3)
+    assert logs["loss"][-1] < logs["loss"][0]
+
+
+def test_deployed_model_computes_what_the_search_model_does_to_the_bit(searched):
+    qmodel, _ = searched
+    final = qmodel.deploy()
+    assert not isinstance(final, fliqs_tf.SearchModel)
+    np.testing.assert_array_equal(final.predict(IMAGES, verbose=0), qmodel.predict(IMAGES, verbose=0))
+    np.testing.assert_array_equal(np.asarray(final(IMAGES[:32])), np.asarray(qmodel(IMAGES[:32])))
+    quantized = [layer for layer in final.layers if isinstance(layer, fliqs_tf.Quantized)]
+    assert {layer.name: layer.weight_quantizers[0].space.names[0] for layer in quantized} == qmodel.recipe().formats
+
+
+def test_saved_search_model_loads_with_recipe_target_and_outputs(searched, tmp_path):
+    qmodel, _ = searched
+    qmodel.save(tmp_path / "search.keras")
+    loaded = keras.models.load_model(tmp_path / "search.keras")
+    assert loaded.recipe() == qmodel.recipe()
+    assert loaded.target_cost == qmodel.target_cost
+    np.testing.assert_array_equal(loaded.predict(IMAGES, verbose=0), qmodel.predict(IMAGES, verbose=0))
+    np.testing.assert_array_equal(loaded.controller.logits, qmodel.controller.logits)
+
+
+def test_saved_deployed_model_loads_with_the_same_outputs(searched, tmp_path):
+    final = searched[0].deploy()
+    final.save(tmp_path / "final.keras")
+    loaded = keras.models.load_model(tmp_path / "final.keras")
+    np.testing.assert_array_equal(loaded.predict(IMAGES, verbose=0), final.predict(IMAGES, verbose=0))
+
+
+def test_deploying_another_recipe_restates_batch_normalization_for_it(searched):
+    qmodel, _ = searched
+    other = qmodel.deploy(fliqs_tf.Recipe.uniform(qmodel, "INT4"))
+    norm = next(layer for layer in other.layers if isinstance(layer, keras.layers.BatchNormalization))
+    conv = next(layer for layer in other.layers if layer.name == "conv")
+    # All 128 training images in batches of 32: the mean of the batch means is the mean of all.
+    np.testing.assert_allclose(norm.moving_mean, np.mean(np.asarray(conv(IMAGES)), axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
+    assert fliqs_tf.costs.bops(other) == fliqs_tf.costs.bops(qmodel, "INT4")
+
+
+def test_formats_change_without_a_new_trace(monkeypatch):
+    traces = []
+    original = search.SearchModel.train_step
+    monkeypatch.setattr(search.SearchModel, "train_step", lambda self, data: traces.append(0) or original(self, data))
+    qmodel = compiled(space=["INT4", "INT8", "E4M3", "BF16"])
+    qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=1, verbose=0)
+    first = len(traces)
+    qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=5, verbose=0)
+    assert len(traces) == first <= 2
+
+
+def test_weight_step_runs_with_the_drawn_formats():
+    # With FP32 or INT2 to choose from, the outputs of a step must be those of the sample that was drawn.
+    qmodel = compiled(space=["INT2", "FP32"], target_cost="1x INT8", search_steps=100)
+    qmodel.configure_controller(100, held_out=False)
+    seen = []
+    qmodel.compute_loss = lambda x=None, y=None, y_pred=None, sample_weight=None, **kwargs: (
+        seen.append(y_pred),
+        search.SearchModel.compute_loss(qmodel, x, y, y_pred, sample_weight, **kwargs),
+    )[1]
+    qmodel.optimizer.build(qmodel.trainable_variables)
+    sample = qmodel._draw(1)[0]
+    qmodel.use_sample(sample)
+    start = qmodel.network.get_weights()
+    expected = np.asarray(qmodel.network(IMAGES[:32], training=True))
+    qmodel.network.set_weights(start)  # that call moved the ranges and the moving averages
+    qmodel.use_sample()
+    qmodel.train_step((IMAGES[:32], LABELS[:32]))
+    np.testing.assert_allclose(np.asarray(seen[0]), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(qmodel.previous_sample, sample)
+
+
+def test_reading_quality_changes_nothing_and_ranks_formats():
+    qmodel = compiled(space=["INT2", "INT8"], target_cost="0.5x INT8")
+    qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=2, verbose=0)
+    before = [np.array(v) for v in qmodel.network.variables if "choice" not in v.name]
+    wide = qmodel.read_quality((IMAGES, LABELS), tf.constant([1, 1, 1]))
+    narrow = qmodel.read_quality((IMAGES, LABELS), tf.constant([0, 0, 0]))
+    assert float(wide) > float(narrow)
+    after = [np.array(v) for v in qmodel.network.variables if "choice" not in v.name]
+    for old, new in zip(before, after):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_between_steps_the_model_is_that_of_its_recipe():
+    qmodel = compiled(search_steps=40)
+    qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=3, verbose=0)
+    chosen = qmodel.recipe().formats
+    for decision in qmodel.decisions:
+        for quantizer in decision.quantizers:
+            assert decision.options[int(np.asarray(quantizer.choice))] == chosen[decision.name]
+
+
+def test_same_seed_same_run_and_another_seed_another():
+    def run(seed):
+        qmodel = compiled(seed=seed)
+        qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=3, verbose=0, shuffle=False)
+        return np.concatenate([np.ravel(w) for w in qmodel.network.get_weights()])
+
+    first, again, other = run(3), run(3), run(4)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("estimator", ["critic", "reinforce"])
+@pytest.mark.parametrize("quality", ["loss", "accuracy"])
+def test_estimators_and_qualities_on_the_training_batch(estimator, quality):
+    qmodel = compiled(quality=quality, controller={"estimator": estimator, "jit_compile": False})
+    logs = qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=4, verbose=0).history
+    assert np.isfinite(logs["reward"]).all()
+    assert int(np.asarray(qmodel.controller.step)) == 16
+
+
+@pytest.mark.parametrize("tensors", ["together", "weights", "separate"])
+def test_granularity_and_tensors(tensors):
+    qmodel = fliqs_tf.wrap(convnet(), ["INT4", "INT8"], granularity="model", tensors=tensors)
+    names = [d.name for d in qmodel.decisions]
+    assert names == (["model/weights", "model/activations"] if tensors == "separate" else ["model"])
+    recipe = qmodel.recipe()
+    again = fliqs_tf.apply(convnet(), recipe)
+    assert fliqs_tf.costs.bops(again) == fliqs_tf.costs.bops(qmodel, recipe)
+
+
+def test_metric_object_and_function_as_quality():
+    metric = keras.metrics.SparseTopKCategoricalAccuracy(k=2)
+    qmodel = compiled(quality=metric)
+    reading = float(qmodel.read_quality((IMAGES, LABELS), tf.constant([1, 1, 1])))
+    assert reading in [n / 128 for n in range(129)]
+    by_function = compiled(quality=lambda y, y_pred: -tf.reduce_mean(tf.abs(y_pred), axis=1))
+    assert float(by_function.read_quality((IMAGES, LABELS), tf.constant([1, 1, 1]))) < 0
+
+
+def test_search_goes_on_after_loading(searched, tmp_path):
+    qmodel = compiled(search_steps=16)
+    qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=2, verbose=0)
+    qmodel.save(tmp_path / "half.keras")
+    loaded = keras.models.load_model(tmp_path / "half.keras")
+    loaded.fit(IMAGES, LABELS, batch_size=32, epochs=4, initial_epoch=2, verbose=0)
+    assert int(np.asarray(loaded.controller.step)) == 16
+    assert bool(np.asarray(loaded.controller.decided))
+
+
+# ---- bad input
+
+
+def test_fit_before_compile():
+    with pytest.raises(RuntimeError, match=r"Call compile\(optimizer, loss, target_cost"):
+        fliqs_tf.wrap(convnet()).fit(IMAGES, LABELS)
+
+
+def test_fit_without_target():
+    qmodel = compiled(target_cost=None)
+    with pytest.raises(ValueError, match=r"without target_cost; fit needs it, for example"):
+        qmodel.fit(IMAGES, LABELS)
+
+
+def test_target_out_of_reach_prints_the_range():
+    low, high = (fliqs_tf.costs.bops(convnet(), f) for f in ("INT4", "INT8"))
+    with pytest.raises(ValueError, match=rf"cost from {low:.6g} to {high:.6g} GBOPs"):
+        compiled(target_cost="0.1x INT8")
+
+
+def test_loss_that_is_not_finite_stops_and_names_the_step():
+    images = IMAGES.copy()
+    images[70] = np.nan  # third batch of 32
+    # Without a ReLU, which may turn NaN into 0.
+    layers = [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(4)]
+    qmodel = compiled(model=keras.Sequential(layers))
+    with pytest.raises(FloatingPointError, match=r"not finite at step 2\."):
+        qmodel.fit(images, LABELS, batch_size=32, epochs=2, verbose=0, shuffle=False)
+
+
+def test_length_that_cannot_be_known():
+    data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).filter(lambda x, y: True).batch(32)
+    with pytest.raises(ValueError, match="Give fit steps_per_epoch, or compile search_steps"):
+        compiled().fit(data)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"cost": "joules"}, "Unknown cost 'joules'; known: bops, memory"),
+        ({"quality": "f1"}, "quality must be 'loss', 'accuracy', a Keras metric"),
+        ({"reward": "soft_exponential"}, "must be positive; minus the loss is not"),
+        ({"quality_samples": 1}, "quality_samples 2 or more"),
+        ({"target_cost": "cheap"}, "got 'cheap'"),
+    ],
+)
+def test_bad_compile_options(option, message):
+    with pytest.raises(ValueError, match=message):
+        compiled(**option)
+
+
+def test_foreign_recipe():
+    qmodel = compiled()
+    with pytest.raises(ValueError, match=r"no format for 'conv', 'hidden', 'logits'; unknown 'conv7'"):
+        qmodel.deploy(fliqs_tf.Recipe({"conv7": "INT4"}))

@@ -1,0 +1,41 @@
+"""Packaging: fliqs_tf is what is installed; models and binaries run from a checkout."""
+
+import pathlib
+import re
+
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fliqs_tf/__init__.py").read_text())[1]
+
+PLOTS = ["matplotlib>=3.8"]
+BINARIES = [
+    "absl-py>=1.2",
+    "rich>=13.0",
+    "tensorboard>=2.18",
+    "scikit-learn>=1.4",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not ask for it
+    *PLOTS,
+]
+LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
+TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5"]
+
+setup(
+    name="fliqs-tf",
+    version=VERSION,
+    description="One-shot mixed-precision floating-point and integer quantization search for Keras",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["fliqs_tf"],
+    install_requires=["tensorflow>=2.21", "keras>=3.15", "numpy>=2.0"],
+    extras_require={
+        "plots": PLOTS,
+        "binaries": BINARIES,
+        "legacy": LEGACY,
+        "tests": [*BINARIES, *LEGACY, *TESTS],
+        "dev": [*BINARIES, *LEGACY, *TESTS, "ruff>=0.14", "import-linter>=2.5", "pre-commit>=4.0"],
+    },
+)
