@@ -159,7 +159,8 @@ class Landscape:
 def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: bool = True):
     """(controller, reward, samples per reading) of a row of the table.
 
-    Source of the settings: method.md section 4; "REINFORCE normalized" is our default of estimator="reinforce". The
+    Source of the settings: method.md section 4; "REINFORCE normalized" is our default of
+    estimator="reinforce" with a reward that suits the noise. The
     delay is a quarter of the run in all of them (reference code: 500 steps).
     """
     noise = [Format(name).noise() for name in menu]
@@ -169,9 +170,9 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
         controller = Controller(sizes, prior=[[2 * n for n in noise]] * decisions if prior else None)
         return controller, rewards.Absolute(), 4 if kind == "critic" else 1
     if kind == "REINFORCE normalized":
-        return Controller(sizes, **plain), rewards.Absolute(-0.5), 1
+        return Controller(sizes, **plain), rewards.Absolute(-0.1), 1
     if kind == "REINFORCE reference":
-        return Controller(sizes, **plain, normalize_advantage=False), rewards.Absolute(-1.0), 1
+        return Controller(sizes, **plain, learning_rate=0.05, normalize_advantage=False), rewards.Absolute(-1.0), 1
     if kind == "REINFORCE TuNAS":
         settings = {"beta_1": 0.0, "beta_max": 0.0, "baseline_momentum": 0.95, "sum_over_decisions": True}
         controller = Controller(

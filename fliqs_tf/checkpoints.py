@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -19,6 +20,7 @@ import tensorflow as tf
 _LOG = logging.getLogger("fliqs_tf")
 _MAGIC = b"FLIQSCK1"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_NAME = re.compile(r"step-([0-9]{8,})\.ckpt")
 _LENGTH = struct.Struct("<Q")
 
 
@@ -29,11 +31,14 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pa
       directory: Made if it is not there.
       model: A compiled model; its optimizer's variables are saved too.
       step: Training steps done.
-      keep: How many files stay.
+      keep: How many files stay, 1 or more.
 
     Raises:
+      ValueError: keep is less than 1.
       OSError: No space or no permission; the files that were there are untouched.
     """
+    if keep < 1:
+        raise ValueError(f"keep must be 1 or more, got {keep}.")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = [np.asarray(v) for v in _variables(model)]
@@ -59,8 +64,12 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pa
 
 
 def files(directory: str | os.PathLike) -> list[pathlib.Path]:
-    """The checkpoints of a directory, oldest first."""
-    return sorted(pathlib.Path(directory).glob("step-*.ckpt"))
+    """The checkpoints of a directory, oldest first. Files of other names are not ours to read or to remove."""
+    steps = {}
+    for path in pathlib.Path(directory).glob("step-*.ckpt"):
+        if match := _NAME.fullmatch(path.name):
+            steps[path] = int(match[1])
+    return sorted(steps, key=steps.get)
 
 
 def restore_newest(directory: str | os.PathLike, model) -> int | None:

@@ -33,6 +33,8 @@ from fliqs_tf._keras import add_state, keras
 ESTIMATORS = ("critic", "reinforce")
 # Relative noise power at which the gentle start halves an option's odds: INT4 has 0.01 to 0.02, INT3 0.1, INT2 0.9.
 GENTLE_NOISE = 0.05
+# Adam's other two.
+_BETA_2, _EPSILON = 0.999, 1e-8
 # Logit of the option that `decide` took, above the others': probability 1 to 5 digits with 15 options.
 _DECIDED = 15.0
 
@@ -60,6 +62,7 @@ class Controller(keras.layers.Layer):
         INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0 with
         the entropy that the schedule allows, with REINFORCE linearly in the delay.
       learning_rate, beta_1: REINFORCE: Adam's; the rate may be a callable of the step, such as `schedules.Growing`.
+        0.03 is our choice for runs from 500 steps up; the reference code has 0.05.
       baseline_momentum: REINFORCE: of the (zero-debiased) running reward; reference code 0.99, TuNAS 0.95. It is
         updated before the advantage is taken, as in TuNAS.
       normalize_advantage: REINFORCE: divide by the running deviation of the reward. Our choice: plain rates do not
@@ -82,7 +85,7 @@ class Controller(keras.layers.Layer):
         delay: float | int = 0.25,
         settle: float = 0.1,
         gentle: bool = True,
-        learning_rate: float | Callable = 0.05,
+        learning_rate: float | Callable = 0.03,
         beta_1: float = 0.9,
         baseline_momentum: float = 0.99,
         normalize_advantage: bool = True,
@@ -131,7 +134,8 @@ class Controller(keras.layers.Layer):
             shapes = critic.state_shapes(*shape)
             self._state = [add_state(self, n, s, "float32") for n, s in zip(shapes._fields, shapes)]
         else:
-            self._state = [add_state(self, n, shape, "float32") for n in ("adam_mean", "adam_square")]
+            shapes = {"adam_mean": shape, "adam_square": shape, "adam_steps": ()}
+            self._state = [add_state(self, n, s, "float32") for n, s in shapes.items()]
         self._expected_cost = None
         self.built = True
 
@@ -158,7 +162,7 @@ class Controller(keras.layers.Layer):
         self.total_steps.assign(int(total_steps))
         learn = self._learn_critic if self.estimator == "critic" else self._learn_reinforce
         # Reads no variable and assigns none: that is done outside, where a replica of a strategy may do it.
-        self._learn = tf.function(learn, jit_compile=True) if self.jit_compile else learn
+        self._learn = tf.function(learn, jit_compile=True, autograph=False) if self.jit_compile else learn
 
     # The schedule
 
@@ -318,15 +322,16 @@ class Controller(keras.layers.Layer):
             tape.watch(logits)
             loss = self._reinforce_loss(logits, samples, advantage, self.beta_max * shape)
         gradient = tape.gradient(loss, logits)
-        mean, square = state
+        mean, square, steps = state
         rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
-        # Adam; the updates since the delay are counted by what beta_2 has taken in (third moment of `square`'s row).
+        new_steps = steps + 1.0
         new_mean = self.beta_1 * mean + (1.0 - self.beta_1) * gradient
-        new_square = 0.999 * square + 0.001 * gradient**2
-        new_logits = logits - rate * new_mean / (tf.sqrt(new_square) + 1e-8)
+        new_square = _BETA_2 * square + (1.0 - _BETA_2) * gradient**2
+        deviation = tf.sqrt(new_square / (1.0 - _BETA_2**new_steps))
+        new_logits = logits - rate * new_mean / (1.0 - self.beta_1**new_steps) / (deviation + _EPSILON)
         learn = tf.logical_and(tf.logical_not(frozen), tf.reduce_all(tf.math.is_finite(gradient)))
         keep = lambda new, old: tf.where(learn, new, old)
-        state = [keep(new_mean, mean), keep(new_square, square)]
+        state = [keep(new_mean, mean), keep(new_square, square), keep(new_steps, steps)]
         return state, keep(new_logits, logits), moments, tf.reduce_mean(reward), baseline
 
     def _reinforce_loss(self, logits, samples, advantage, beta):
@@ -394,9 +399,10 @@ class Controller(keras.layers.Layer):
             "n_options prior estimator entropy_schedule beta_max delay settle gentle learning_rate beta_1 "
             "baseline_momentum normalize_advantage sum_over_decisions jit_compile"
         ).split()
-        config = super().get_config()
-        config = {key: config[key] for key in ("name",) if key in config}
-        return {**config, **{name: getattr(self, name) for name in names}}
+        config = {"name": self.name, **{name: getattr(self, name) for name in names}}
+        config["n_options"] = [int(n) for n in self.n_options]
+        config["prior"] = None if self.prior is None else [[float(p) for p in row] for row in self.prior]
+        return config
 
 
 def _padded(prior, mask: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ Model: quality of sample a read on batch t is
 
     y = level_t + sum_d effect[d, a_d] + noise,    effect = scale * (-(10 z_mean + z_d) * profile[d, o] + residual[d, o] * z_do)
 
-with all z standard normal a priori. `profile` is the noise power of the formats, known before anything is learned, so
+with all z standard normal a priori. `profile` comes from the noise power of the formats, known before anything is learned, so
 z_d is the sensitivity of decision d, z_mean what all decisions share, and z_do how option o departs from the profile.
 Level_t takes up the noise of the batch and the progress of training: readings on one batch are centred, a single
 reading is compared with a running mean.
@@ -92,12 +92,14 @@ def make_prior(noise_power: np.ndarray | None, mask: np.ndarray) -> Prior:
     """The prior from the noise power of the formats.
 
     Args:
-      noise_power: [D, N], relative noise power per option, None = nothing is known.
+      noise_power: [D, N], relative noise power per option (noise over signal), None = nothing is known.
       mask: bool [D, N], False for padding.
     """
     if noise_power is None or not (noise_power * mask).any():
         return Prior(np.zeros(mask.shape, np.float32), mask.astype(np.float32))
-    profile = np.where(mask, noise_power, 0.0) / np.where(mask, noise_power, 0.0).max()
+    # The share of noise in the quantized tensor's power: INT2 cannot do ten times the damage of INT3.
+    profile = np.where(mask, noise_power / (1.0 + np.where(mask, noise_power, 0.0)), 0.0)
+    profile /= profile.max()
     return Prior(profile.astype(np.float32), (_RESIDUAL * np.sqrt(profile)).astype(np.float32))
 
 

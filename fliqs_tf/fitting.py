@@ -26,6 +26,7 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data):
     start = int(model.controller.step)
     total = _total_steps(model, arguments, start)
     model.configure_controller(total, held_out=quality_data is not None)
+    _create_variables(model, arguments)
     batch_size = arguments.get("batch_size") or 32
     loop = _SearchLoop(model, start, None if quality_data is None else _endless(quality_data, batch_size))
     arguments["callbacks"] = [loop, *_as_list(arguments.get("callbacks"))]
@@ -68,6 +69,30 @@ def _steps_per_epoch(arguments) -> int | None:
         examples = arrays[0].shape[0] * (1 - (arguments.get("validation_split") or 0))
         return math.ceil(int(examples) / (arguments.get("batch_size") or 32))
     return len(x) if hasattr(x, "__len__") else None
+
+
+def _create_variables(model, arguments) -> None:
+    """Creates the variables of optimizer and metrics, which Keras would create in the first training step: a step that
+    creates variables is traced twice, and tracing a large network takes seconds."""
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        return
+    model.optimizer.build(model.trainable_variables)
+    x, y = arguments["x"], arguments.get("y")
+    if isinstance(x, tf.data.Dataset):
+        _, y, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
+    if y is None or not all(hasattr(t, "shape") for t in tf.nest.flatten(y)):
+        return
+
+    def one_example(t, shape):
+        return tf.zeros([1, *[size or 1 for size in tuple(shape)[1:]]], t.dtype)
+
+    y = tf.nest.map_structure(lambda t: one_example(t, t.shape), y)
+    outputs = model.network.outputs
+    y_pred = tf.nest.pack_sequence_as(model.network.output, [one_example(t, t.shape) for t in outputs])
+    model.compute_loss(None, y, y_pred, None)
+    model.__dict__.pop("_batch")
+    model.compute_metrics(None, y, y_pred, None)
+    model.reset_metrics()
 
 
 class _SearchLoop(keras.callbacks.Callback):

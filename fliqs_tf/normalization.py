@@ -15,8 +15,9 @@ from fliqs_tf._keras import keras
 
 
 def batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
-    """The batch normalization layers of a model."""
-    return [layer for _, layer in trace.walk(model) if isinstance(layer, keras.layers.BatchNormalization)]
+    """The batch normalization layers of a model that follow the data; a frozen one is a constant scale and offset."""
+    layers = [layer for _, layer in trace.walk(model) if isinstance(layer, keras.layers.BatchNormalization)]
+    return [layer for layer in layers if layer.trainable]
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def batch_statistics(model: keras.Model, store_rate: tf.Tensor | None = None):
     """Within it, batch normalization uses the statistics of the batch, whatever `training` says.
 
     Args:
-      model: All its batch normalization layers are meant.
+      model: All its batch normalization layers are meant, but frozen ones, which use their averages in training too.
       store_rate: None: nothing is stored. A scalar r: moving averages move by r towards the batch's statistics;
         r = 1, 1/2, 1/3, ... over batches gives their plain mean.
     """

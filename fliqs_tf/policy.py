@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-# Of the greatest inverse temperature, in units of the effects' spread: gaps of 1e-4 of it are then settled, and
-# float32 still resolves the exponents.
-_COLDEST = 1e5
+# Of the greatest inverse temperature, in units of the effects' spread: gaps of 1e-3 of it are then settled, and
+# float32 still resolves the exponents well enough to hold the cost to 1e-3.
+_COLDEST = 1e4
 _HOTTEST = 1e-3
 # Options of equal worth are told apart by this share of the spread: later options of the menu win.
 _TIE = 1e-3
@@ -20,6 +20,8 @@ _TIE = 1e-3
 _PRICE_RANGE = float(np.arcsinh(1e11))
 # Search effort: rounds of a grid of prices, within halvings of the temperature.
 _GRID, _ROUNDS, _HALVINGS = 8, 6, 12
+# Spaces up to this size are searched through: few decisions of uneven cost meet a target only in odd combinations.
+_ENUMERABLE = 200_000
 
 
 def softmax(logits: tf.Tensor, mask: np.ndarray) -> tf.Tensor:
@@ -44,7 +46,8 @@ def draw(probabilities: tf.Tensor, seed: tf.Tensor, k: int = 1) -> tf.Tensor:
 
     Args:
       probabilities: float32 [D, N].
-      seed: int32 [2].
+      seed: int32 [2]. The same seed gives the same samples, but others inside XLA-compiled code than outside it, where
+        TensorFlow's generators differ.
       k: Number of samples.
 
     Returns:
@@ -172,14 +175,14 @@ def best_sample(
     target: float,
     start: np.ndarray,
 ) -> np.ndarray:
-    """The sample with the highest score: local search from several starts. On the host, NumPy.
+    """The sample with the highest score. On the host, NumPy.
 
-    Moves are changes of one decision and of two at once. The starts are samples that weigh effects against cost at
+    Small spaces are searched through, others by local search from several starts. Moves are changes of one decision and of two at once. The starts are samples that weigh effects against cost at
     prices from nothing to very much, and `start`.
 
     Args:
       effects: [D, N], effect on quality.
-      mask: bool [D, N].
+      mask: bool [D, N], options of a decision first, padding last.
       cost: int samples [m, D] -> costs [m]. Any function; moves of two decisions are ranked as if their
         costs added, and the best ones then priced exactly.
       score: (sum of effects [m], cost ratios [m]) -> scores [m].
@@ -204,6 +207,11 @@ def best_sample(
         for move in moves:
             samples[np.arange(len(move)), decisions[move]] = options[move]
         return samples
+
+    sizes = mask.sum(axis=1)
+    if np.prod(sizes.astype(float)) <= _ENUMERABLE:
+        samples = np.stack(np.unravel_index(np.arange(sizes.prod()), sizes), axis=1)
+        return samples[score(total(samples), ratios(samples)).argmax()].astype(np.int32)
 
     def improve(sample):
         everything = np.arange(len(decisions))

@@ -35,7 +35,8 @@ class Quantized(keras.layers.Wrapper):
         activation_decision=None,
         **kwargs,
     ):
-        super().__init__(layer, **kwargs)
+        # The layer inside is not called as a layer, which is what would apply it.
+        super().__init__(layer, **{"activity_regularizer": layer.activity_regularizer, **kwargs})
         kernels = trace.kernels(layer)
         if not kernels:
             raise ValueError(
@@ -44,16 +45,30 @@ class Quantized(keras.layers.Wrapper):
             )
         self.weight_decision = weight_decision or layer.name
         self.activation_decision = activation_decision or layer.name
+        choices = {}
+
+        def quantizer(cls, formats, decision, **options):
+            made = cls(formats, choice=choices.get(decision), **options)
+            choices[decision] = made.choice
+            return made
+
         self.weight_quantizers = [
-            WeightQuantizer(weight_formats, k.channel_axes, name=f"{k.attribute}_quantizer") for k in kernels
+            quantizer(
+                WeightQuantizer,
+                weight_formats,
+                self.weight_decision,
+                channel_axes=k.channel_axes,
+                name=f"{k.attribute}_quantizer",
+            )
+            for k in kernels
         ]
         self.activation_quantizer = self.middle_quantizer = None
         if activation_formats is not None:
-            self.activation_quantizer = ActivationQuantizer(activation_formats, name="input_quantizer")
+            follow = (ActivationQuantizer, activation_formats, self.activation_decision)
+            self.activation_quantizer = quantizer(*follow, name="input_quantizer")
             if len(kernels) == 2:  # the tensor between the two convolutions of a separable one
-                self.middle_quantizer = ActivationQuantizer(activation_formats, name="middle_quantizer")
+                self.middle_quantizer = quantizer(*follow, name="middle_quantizer")
         self.supports_masking = getattr(layer, "supports_masking", False)
-        self.activity_regularizer = layer.activity_regularizer  # the layer inside is not called as a layer
 
     @property
     def quantized_layer(self):
@@ -65,13 +80,14 @@ class Quantized(keras.layers.Wrapper):
         """Quantizers of the input, and of what is between the kernels if there are two; [] for a float input."""
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
+    @tf.autograph.experimental.do_not_convert
     def call(self, inputs, training=None):
         training = bool(training)
         x = _quantized_activation(self.activation_quantizer, inputs, training)
         with contextlib.ExitStack() as stack:
             for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers):
                 weight = tf.convert_to_tensor(getattr(self.layer, kernel.attribute))
-                quantized = tf.cast(quantizer(tf.cast(weight, tf.float32)), weight.dtype)
+                quantized = tf.cast(quantizer.call(tf.cast(weight, tf.float32)), weight.dtype)
                 stack.enter_context(substituted(self.layer, kernel.attribute, quantized))
             if len(self.weight_quantizers) == 2:
                 return _separable(self.layer, x, lambda t: _quantized_activation(self.middle_quantizer, t, training))
@@ -95,7 +111,7 @@ class Quantized(keras.layers.Wrapper):
 def _quantized_activation(quantizer, x, training):
     if quantizer is None:
         return x
-    return tf.cast(quantizer(tf.cast(x, tf.float32), training=training), x.dtype)
+    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
 
 
 def _separable(layer, x, middle):

@@ -111,12 +111,20 @@ def test_the_weights_of_the_layer_stay_in_float():
 def test_the_menu_is_read_at_every_call():
     make, shape, axis = LAYERS["Dense"]
     layer, x = built(make, shape), data(shape)
-    quantized = Quantized(layer, ["INT2", "INT4"], ["INT4", "INT8"])
+    quantized = Quantized(layer, ["INT2", "INT4"], ["INT4", "INT8"], "of weights", "of input")
     for i, fmt in enumerate(["INT2", "INT4"]):
         quantized.weight_quantizers[0].choice.assign(i)
         by_hand = twin(make, layer, shape)
         quantize_kernel(by_hand, fmt, axis)
         np.testing.assert_array_equal(quantized(x), by_hand(fake_quant(x, "INT8")))
+
+
+@pytest.mark.parametrize("menus", [(["INT4", "INT8"], ["INT8"]), (["INT4"], ["INT4", "INT8"]), (["INT4"], ["INT8"])])
+def test_one_side_may_be_fixed(menus):
+    make, shape, _ = LAYERS["Dense"]
+    layer, x = built(make, shape), data(shape)
+    widest = [[menu[-1]] for menu in menus]
+    np.testing.assert_array_equal(Quantized(layer, *menus)(x), Quantized(layer, *widest)(x))
 
 
 # ---- training
@@ -142,9 +150,12 @@ def test_ranges_move_in_training_only():
     assert [q.range.numpy().tolist() for q in quantized.activation_quantizers] == [[0, 0], [0, 0]]
     x = data((8, 8, 3))
     quantized(x, training=True)
-    seen = [q.range.numpy() for q in quantized.activation_quantizers]
-    assert seen[0][0] / seen[0][1] == pytest.approx(np.abs(x).max())
-    assert seen[1][1] > 0
+    of_input, of_middle = (float(q(tf.constant([1e30]))[0]) for q in quantized.activation_quantizers)
+    assert of_input == pytest.approx(np.abs(x).max())
+    middle = tf.nn.depthwise_conv2d(
+        fake_quant(x, "INT4"), fake_quant(layer.depthwise_kernel, "INT4", (-2, -1)), (1, 1, 1, 1), "SAME"
+    )
+    assert of_middle == pytest.approx(np.abs(middle).max())
 
 
 @pytest.mark.parametrize("training", [None, False])

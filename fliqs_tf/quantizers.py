@@ -21,16 +21,17 @@ class Quantizer(keras.layers.Layer):
 
     Args:
       formats: The menu, anything that `Space` takes.
+      choice: Variable to read the choice from, of a quantizer that follows the same decision. None: one of its own.
     """
 
-    def __init__(self, formats, **kwargs):
+    def __init__(self, formats, choice=None, **kwargs):
         super().__init__(dtype="float32", **kwargs)
         self.space = Space(formats)
         self._rows = np.stack([rounding.row(f) for f in self.space.formats])
-        # Until a search says otherwise, the widest format.
-        self.choice = (
-            add_state(self, "choice", (), "int32", initial=len(self.space) - 1) if len(self.space) > 1 else None
-        )
+        self.choice = choice
+        if choice is None and len(self.space) > 1:
+            # Until a search says otherwise, the widest format.
+            self.choice = add_state(self, "choice", (), "int32", initial=len(self.space) - 1)
         self.supports_masking = True
         self.built = True
 
@@ -59,6 +60,7 @@ class WeightQuantizer(Quantizer):
         super().__init__(formats, **kwargs)
         self.channel_axes = tuple(channel_axes)
 
+    @tf.autograph.experimental.do_not_convert
     def call(self, weight):
         amax = rounding.absolute_max(weight, self.channel_axes)
         return rounding.quantize(weight, amax, self.format_row(), saturates=False)
@@ -95,19 +97,36 @@ class ActivationQuantizer(Quantizer):
         self.momentum, self.clip = momentum, clip
         self.range = add_state(self, "range", (2,), "float32", initial=0, averaged=True)
 
+    @tf.autograph.experimental.do_not_convert
     def call(self, x, training=False):
+        seen = tf.convert_to_tensor(self.range)
         if training and self.trainable:
-            batch = tf.stack([rounding.absolute_max(x), 1.0])
-            moved = self.momentum * tf.convert_to_tensor(self.range) + (1 - self.momentum) * batch
+            moved, amax = _moved_range(x, seen, self.momentum)
             self.range.assign(moved)
-            amax = moved[0] / moved[1]
         else:
-            seen = tf.convert_to_tensor(self.range)
-            amax = tf.cond(seen[1] > 0, lambda: seen[0] / seen[1], lambda: rounding.absolute_max(x))
-        return rounding.quantize(x, amax * self.clip, self.format_row())
+            amax = _amax(x, seen)
+        return rounding.quantize(x, amax * self.clip if self.clip < 1 else amax, self.format_row())
 
     def compute_output_shape(self, shape):
         return shape
 
     def get_config(self) -> dict:
         return {**super().get_config(), "momentum": self.momentum, "clip": self.clip}
+
+
+# Traced once, whatever the shape of x: in the graph of a network each is one operation.
+_ANY, _RANGE = tf.TensorSpec(None, tf.float32), tf.TensorSpec([2], tf.float32)
+
+
+@tf.function(input_signature=[_ANY, _RANGE, tf.TensorSpec([], tf.float32)], autograph=False)
+def _moved_range(x, seen, momentum):
+    """(range after x, amax that it stands for)."""
+    batch = tf.stack([rounding.absolute_max(x), 1.0])
+    moved = momentum * seen + (1.0 - momentum) * batch
+    return moved, moved[0] / moved[1]
+
+
+@tf.function(input_signature=[_ANY, _RANGE], autograph=False)
+def _amax(x, seen):
+    """What a range stands for; amax of x itself if nothing was seen."""
+    return tf.cond(seen[1] > 0, lambda: seen[0] / seen[1], lambda: rounding.absolute_max(x))

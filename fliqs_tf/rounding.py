@@ -70,17 +70,44 @@ def _quantize(x, amax, format_row):
     return tf.where(tf.math.is_nan(t), t, rounded * scale)
 
 
-# Shapes are left open: one trace serves every tensor, and XLA compiles once per shape that it meets.
+# Both are traced once, with shapes left open, and are one operation in the graph of a network. Compiled, the kernel
+# reads and writes memory once; but XLA compiles for every shape that it meets.
 _SIGNATURE = [tf.TensorSpec(None, tf.float32), tf.TensorSpec(None, tf.float32), tf.TensorSpec([ROW_SIZE], tf.float32)]
+_quantize_plain = tf.function(_quantize, input_signature=_SIGNATURE, autograph=False)
 _quantize_compiled = tf.function(_quantize, input_signature=_SIGNATURE, autograph=False, jit_compile=True)
 
+# On a CPU, compiling for one more shape takes 0.1 s; for a tensor of so few elements that is not won back.
+_WORTH_COMPILING = 2**16
 
-@tf.function(
-    input_signature=[tf.TensorSpec(None, tf.float32)] * 3, autograph=False, jit_compile=True
-)
+
+def _kernel_for(x: tf.Tensor):
+    size = x.shape.num_elements()
+    small = size is not None and size <= _WORTH_COMPILING
+    on_cpu = all(device.device_type == "CPU" for device in tf.config.list_physical_devices())
+    return _quantize_plain if small and on_cpu else _quantize_compiled
+
+
+@tf.function(input_signature=[tf.TensorSpec(None, tf.float32)] * 3, autograph=False, jit_compile=True)
 def _pass_inside(dy, x, bound):
     """dy where |x| <= bound, else 0, in one pass over memory."""
     return tf.where(tf.abs(x) <= bound, dy, 0.0)
+
+
+@tf.custom_gradient
+def _straight_through(x, amax, format_row):
+    q = tf.ensure_shape(_kernel_for(x)(x, amax, format_row), x.shape)
+    return q, lambda dy: (dy, None, None)
+
+
+@tf.custom_gradient
+def _straight_through_inside(x, amax, format_row):
+    q = tf.ensure_shape(_kernel_for(x)(x, amax, format_row), x.shape)
+
+    def gradient(dy):
+        bound = tf.where(format_row[_COLUMNS.index("scaled")] > 0, amax, np.inf)
+        return tf.ensure_shape(_pass_inside(dy, x, bound), x.shape), None, None
+
+    return q, gradient
 
 
 def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates: bool = True) -> tf.Tensor:
@@ -96,23 +123,7 @@ def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates:
     Returns:
       float32 tensor like x.
     """
-
-    @tf.custom_gradient
-    def straight_through(x):
-        q = _quantize_compiled(x, amax, format_row)
-        q.set_shape(x.shape)
-
-        def gradient(dy):
-            if not saturates:
-                return dy
-            bound = tf.where(format_row[_COLUMNS.index("scaled")] > 0, amax, np.inf)
-            dx = _pass_inside(dy, x, bound)
-            dx.set_shape(x.shape)
-            return dx
-
-        return q, gradient
-
-    return straight_through(x)
+    return (_straight_through_inside if saturates else _straight_through)(x, amax, format_row)
 
 
 def absolute_max(x: tf.Tensor, axis=None) -> tf.Tensor:

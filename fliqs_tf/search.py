@@ -239,6 +239,7 @@ class SearchModel(keras.Model):
             total_steps=total_steps,
         )
 
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, data):
         search = self._search
         sample = self._draw(1)[0]
@@ -320,9 +321,9 @@ class SearchModel(keras.Model):
         self._assign(tf.convert_to_tensor(self.controller.most_likely() if sample is None else sample, tf.int32))
 
     def _assign(self, sample):
-        for i, decision in enumerate(self.decisions):
-            for quantizer in decision.quantizers:
-                quantizer.choice.assign(sample[i])
+        for option, decision in zip(tf.unstack(sample), self.decisions):
+            for choice in decision.choices:
+                choice.assign(option)
 
     @staticmethod
     def _across_replicas(value):

@@ -67,6 +67,11 @@ class Decision:
         """Names of the formats, in the order of option indices."""
         return self.space.names
 
+    @property
+    def choices(self) -> list:
+        """The int32 variables that the quantizers read."""
+        return list({id(q.choice): q.choice for q in self.quantizers}.values())
+
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
