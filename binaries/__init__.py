@@ -1,0 +1,1 @@
+"""Programs: search, train, evaluate, benchmark."""

@@ -22,16 +22,16 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import fliqs_tf  # noqa: E402
-import models  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from absl import app, flags  # noqa: E402
-from fliqs_tf._keras import IS_KERAS_3, keras  # noqa: E402
-from fliqs_tf.recipe import write_json  # noqa: E402
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
 
-from binaries import landscapes, tables  # noqa: E402
-from binaries.run_dir import versions  # noqa: E402
+import fliqs_tf
+import models
+from binaries import landscapes, tables
+from binaries.run_dir import versions
+from fliqs_tf._keras import IS_KERAS_3, keras
+from fliqs_tf.recipe import write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("controller", False, "Benchmark the controller on synthetic landscapes instead.")

@@ -1,7 +1,7 @@
 """Accuracy and cost of a saved model, and what a recipe costs.
 
-    python binaries/evaluate.py --model_file=runs/digits_resnet8_search/model.keras
-    python binaries/evaluate.py --recipe=runs/digits_resnet8_search/recipe.json
+python binaries/evaluate.py --model_file=runs/digits_resnet8_search/model.keras
+python binaries/evaluate.py --recipe=runs/digits_resnet8_search/recipe.json
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import fliqs_tf  # noqa: E402
-from absl import app, flags  # noqa: E402
-from fliqs_tf._keras import keras  # noqa: E402
+from absl import app, flags
 
-from binaries import settings, tables  # noqa: E402
+import fliqs_tf
+from binaries import settings, tables
+from fliqs_tf._keras import keras
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model_file", None, "A .keras file: accuracy on the test split, and cost.")

@@ -75,7 +75,8 @@ def resnet20_macs() -> np.ndarray:
     same = 9 * 16 * 16 * 32 * 32  # a 3x3 convolution of any stage: channels double as the area falls to a quarter
     down, shortcut = same // 2, same // 18
     return np.array(
-        [27 * 16 * 32 * 32, *[same] * 6, down, same, shortcut, *[same] * 4, down, same, shortcut, *[same] * 4, 640], float
+        [27 * 16 * 32 * 32, *[same] * 6, down, same, shortcut, *[same] * 4, down, same, shortcut, *[same] * 4, 640],
+        float,
     )
 
 
@@ -273,7 +274,7 @@ HEADER = (
 
 
 def table_line(row: dict) -> str:
-    """A row for the terminal: shares in %, losses in points, cost over target, entropy before and after the decision."""
+    """A row for the terminal: shares in %, losses in points, cost over target, entropy before > after deciding."""
     return (
         f"{row['controller']:<24} {row['decisions']:>9} {row['options']:>7} {row['steps']:>6} {row['share']:>7.1%} "
         f"{row['worst']:>7.1%} {100 * row['lost']:>6.2f} {100 * row['optimum']:>7.2f} {100 * row['random']:>6.2f} "

@@ -37,9 +37,11 @@ class RunDir:
             raise SystemExit("--resume and --overwrite exclude each other.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / _LOCK, "a")
+            self._lock = open(self.path / _LOCK, "a")  # noqa: SIM115 - held as long as this object
         except OSError as error:
-            raise SystemExit(f"Cannot write to the run directory {self.path}: {error.strerror}. Give another --run_dir.")
+            raise SystemExit(
+                f"Cannot write to the run directory {self.path}: {error.strerror}. Give another --run_dir."
+            )
         try:
             # The system frees the lock when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,13 +50,15 @@ class RunDir:
         present = [p for p in self.path.iterdir() if p.name != _LOCK]
         if present and overwrite:
             if not (self.path / "flags.json").exists():
-                raise SystemExit(f"{self.path} holds files but no run (no flags.json): --overwrite will not remove them.")
+                raise SystemExit(
+                    f"{self.path} holds files but no run (no flags.json): --overwrite will not remove them."
+                )
             for entry in present:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         elif present and not resume:
             raise SystemExit(
-                f"{self.path} holds a run already. Go on with it by --resume, replace it by --overwrite, or give another "
-                f"--run_dir."
+                f"{self.path} holds a run already. Go on with it by --resume, replace it by --overwrite, or give "
+                f"another --run_dir."
             )
 
     def __truediv__(self, name: str) -> pathlib.Path:

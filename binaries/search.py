@@ -9,6 +9,7 @@ report.html.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -17,15 +18,14 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import fliqs_tf  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from absl import app, flags  # noqa: E402
-from fliqs_tf import checkpoints, report  # noqa: E402
-from fliqs_tf.recipe import write_json  # noqa: E402
+from absl import app, flags
 
-from binaries import data as datasets  # noqa: E402
-from binaries import settings, tables  # noqa: E402
-from binaries.run_dir import RunDir, versions  # noqa: E402
+import fliqs_tf
+from binaries import data as datasets
+from binaries import settings, tables
+from binaries.run_dir import RunDir, versions
+from fliqs_tf import checkpoints, report
+from fliqs_tf.recipe import write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()
@@ -104,7 +104,7 @@ def _rules() -> list[fliqs_tf.Rule]:
     for text in FLAGS.rule:
         pattern, separator, menu = text.rpartition("=")
         if not separator:
-            raise ValueError(f"--rule must be PATTERN=MENU, such as '^conv1=INT8' or 'predictions=float'; got {text!r}.")
+            raise ValueError(f"--rule must be PATTERN=MENU: '^conv1=INT8', 'predictions=float'; got {text!r}.")
         rules.append(fliqs_tf.Rule(pattern, None if menu.lower() == "float" else menu.split(",")))
     return rules
 
@@ -126,7 +126,7 @@ def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> int:
     ]
     # The first epoch may be one that the run before left half done.
     boundaries = [start, -(-start // steps_per_epoch) * steps_per_epoch, total]
-    for begin, end in zip(boundaries, boundaries[1:]):
+    for begin, end in itertools.pairwise(boundaries):
         if begin == end:
             continue
         epoch, steps = begin // steps_per_epoch, min(steps_per_epoch, end - begin)

@@ -1,8 +1,8 @@
 """Trains a network in float, in one format, or with a recipe.
 
-    python binaries/train.py --format=float
-    python binaries/train.py --format=INT8
-    python binaries/train.py --recipe=runs/digits_resnet8_search/recipe.json
+python binaries/train.py --format=float
+python binaries/train.py --format=INT8
+python binaries/train.py --recipe=runs/digits_resnet8_search/recipe.json
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import fliqs_tf  # noqa: E402
-from absl import app, flags  # noqa: E402
-from fliqs_tf import checkpoints  # noqa: E402
-from fliqs_tf._keras import keras  # noqa: E402
-from fliqs_tf.recipe import write_json  # noqa: E402
+from absl import app, flags
 
-from binaries import data as datasets  # noqa: E402
-from binaries import settings, tables  # noqa: E402
-from binaries.run_dir import RunDir, versions  # noqa: E402
+import fliqs_tf
+from binaries import data as datasets
+from binaries import settings, tables
+from binaries.run_dir import RunDir, versions
+from fliqs_tf import checkpoints
+from fliqs_tf._keras import keras
+from fliqs_tf.recipe import write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()

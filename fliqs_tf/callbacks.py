@@ -38,7 +38,7 @@ class SearchLog(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.directory / "metrics.jsonl", "a")
+        self.file = open(self.directory / "metrics.jsonl", "a")  # noqa: SIM115 - until on_train_end
         if importlib.util.find_spec("tensorboard"):
             self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
         else:

@@ -194,7 +194,9 @@ def test_nothing_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: compiled(width=5), lambda: compiled(optimizer="sgd"), lambda: small()], ids=["width", "sgd", "small"]
+    "make",
+    [lambda: compiled(width=5), lambda: compiled(optimizer="sgd"), lambda: small()],
+    ids=["width", "sgd", "small"],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path, model, make):
     path = checkpoints.save(tmp_path, model, 1)

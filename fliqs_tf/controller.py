@@ -301,15 +301,18 @@ class Controller(keras.layers.Layer):
         else:
             state = critic.solve(state, self._critic_prior)
         level = critic.level(state)
-        solve = lambda: policy.boltzmann(
-            state.effects,
-            (1.0 - shape) * self._odds,
-            self._mask,
-            probabilities,
-            lambda p: self._expected_cost(p) / target,
-            lambda ratio: self._reward.slope(level, ratio),
-            1.0 - shape,
-        )
+
+        def solve():
+            return policy.boltzmann(
+                state.effects,
+                (1.0 - shape) * self._odds,
+                self._mask,
+                probabilities,
+                lambda p: self._expected_cost(p) / target,
+                lambda ratio: self._reward.slope(level, ratio),
+                1.0 - shape,
+            )
+
         return list(state), tf.cond(frozen, lambda: logits, solve), moments, tf.reduce_mean(reward), baseline
 
     def _learn_reinforce(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
@@ -330,7 +333,10 @@ class Controller(keras.layers.Layer):
         deviation = tf.sqrt(new_square / (1.0 - _BETA_2**new_steps))
         new_logits = logits - rate * new_mean / (1.0 - self.beta_1**new_steps) / (deviation + _EPSILON)
         learn = tf.logical_and(tf.logical_not(frozen), tf.reduce_all(tf.math.is_finite(gradient)))
-        keep = lambda new, old: tf.where(learn, new, old)
+
+        def keep(new, old):
+            return tf.where(learn, new, old)
+
         state = [keep(new_mean, mean), keep(new_square, square), keep(new_steps, steps)]
         return state, keep(new_logits, logits), moments, tf.reduce_mean(reward), baseline
 
@@ -366,8 +372,12 @@ class Controller(keras.layers.Layer):
             state = critic.State(*[np.array(tf.convert_to_tensor(v)) for v in self._state])
             effects = critic.solve_exactly(state, self._critic_prior)
             choice = policy.best_sample(
-                effects, self._mask, self._cost, self._score(effects, float(critic.level(state))),
-                float(self.target), choice,
+                effects,
+                self._mask,
+                self._cost,
+                self._score(effects, float(critic.level(state))),
+                float(self.target),
+                choice,
             )
         rest = np.where(self._mask, -_DECIDED, 0.0)
         rest[np.arange(len(choice)), choice] = 0.0
@@ -395,10 +405,8 @@ class Controller(keras.layers.Layer):
         for argument in ("entropy_schedule", "learning_rate"):
             if callable(getattr(self, argument)):
                 raise ValueError(f"A controller with a callable {argument} cannot be saved; use a name or a number.")
-        names = (
-            "n_options prior estimator entropy_schedule beta_max delay settle gentle learning_rate beta_1 "
-            "baseline_momentum normalize_advantage sum_over_decisions jit_compile"
-        ).split()
+        names = ["estimator", "entropy_schedule", "beta_max", "delay", "settle", "gentle", "learning_rate", "beta_1"]
+        names += ["baseline_momentum", "normalize_advantage", "sum_over_decisions", "jit_compile"]
         config = {"name": self.name, **{name: getattr(self, name) for name in names}}
         config["n_options"] = [int(n) for n in self.n_options]
         config["prior"] = None if self.prior is None else [[float(p) for p in row] for row in self.prior]

@@ -137,7 +137,12 @@ def test_decides_without_a_reading():
 
 
 def test_in_a_function_compiled_inside_or_outside_or_eagerly():
-    eager, inside, outside, graph = make(prior=PRIOR), make(prior=PRIOR, jit_compile=True), make(prior=PRIOR), make(prior=PRIOR)
+    eager, inside, outside, graph = (
+        make(prior=PRIOR),
+        make(prior=PRIOR, jit_compile=True),
+        make(prior=PRIOR),
+        make(prior=PRIOR),
+    )
     updates = {
         eager: eager.update,
         inside: tf.function(inside.update),
@@ -196,7 +201,7 @@ def test_not_finite_quality_leaves_everything_as_it_was():
 
 
 def test_reinforce_gradient_is_the_analytic_one():
-    """d loss / d logits = -A (onehot - pi) / D + beta dH, with dH/dl_o = -pi_o (log pi_o + H), averaged over samples."""
+    """d loss / d logits = -A (onehot - pi) + beta dH / dl, with dH / dl_o = -pi_o (log pi_o + H), over decisions."""
     controller = make(estimator="reinforce")
     logits = tf.constant([[0.1, -0.3, 0.2], [0.5, 0.0, 7.0], [0.0, 0.0, 1.0]])
     samples, advantage, beta = tf.constant([[0, 1, 2], [1, 1, 0]]), tf.constant([0.7, -0.2]), 0.3
@@ -221,7 +226,12 @@ def test_reinforce_gradient_is_the_analytic_one():
 
 def test_the_first_step_of_adam_is_the_rate():
     controller = make(
-        estimator="reinforce", delay=0, learning_rate=0.01, normalize_advantage=False, baseline_momentum=0.5, beta_max=0.0
+        estimator="reinforce",
+        delay=0,
+        learning_rate=0.01,
+        normalize_advantage=False,
+        baseline_momentum=0.5,
+        beta_max=0.0,
     )
     controller.update([[0, 0, 0]], [0.5])  # equal to its own baseline: no advantage, no step
     np.testing.assert_array_equal(controller.logits, np.zeros((3, 3)))

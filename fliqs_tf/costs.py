@@ -208,7 +208,9 @@ class CostTable:
         if self.pairs:
             rows, columns = (list(side) for side in zip(*self.pairs))
             matrices = tf.constant(np.stack(list(self.pairs.values())) / self.per_unit, tf.float32)
-            total += tf.einsum("pi,pij,pj->", tf.gather(probabilities, rows), matrices, tf.gather(probabilities, columns))
+            total += tf.einsum(
+                "pi,pij,pj->", tf.gather(probabilities, rows), matrices, tf.gather(probabilities, columns)
+            )
         return total
 
     def reachable(self) -> tuple[float, float]:

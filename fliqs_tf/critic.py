@@ -2,12 +2,13 @@
 
 Model: quality of sample a read on batch t is
 
-    y = level_t + sum_d effect[d, a_d] + noise,    effect = scale * (-(10 z_mean + z_d) * profile[d, o] + residual[d, o] * z_do)
+    y = level_t + sum_d effect[d, a_d] + noise
+    effect[d, o] = scale * (-(10 z_mean + z_d) * profile[d, o] + residual[d, o] * z_do)
 
-with all z standard normal a priori. `profile` comes from the noise power of the formats, known before anything is learned, so
-z_d is the sensitivity of decision d, z_mean what all decisions share, and z_do how option o departs from the profile.
-Level_t takes up the noise of the batch and the progress of training: readings on one batch are centred, a single
-reading is compared with a running mean.
+with all z standard normal a priori. `profile` comes from the noise power of the formats, known before anything is
+learned, so z_d is the sensitivity of decision d, z_mean what all decisions share, and z_do how option o departs from
+the profile. Level_t takes up the noise of the batch and the progress of training: readings on one batch are centred,
+a single reading is compared with a running mean.
 
 The posterior mean is the solution of (I + kappa A'GA) z = (scale / noise) A'b with the Gram matrix G = sum w x x',
 b = sum w x y of centred one-hot features x. It is kept up to date by a few conjugate gradient steps per update,
@@ -152,7 +153,10 @@ def observe(state: State, samples: tf.Tensor, quality: tf.Tensor, prior: Prior) 
 
     weighted = weight * centred_x
     in_z = _to_z(tf.reshape(centred_x, [readings, decisions, options]), prior)
-    average = lambda old, new: old + tf.where(finite, 1.0 - _LEVEL_MOMENTUM, 0.0) * (new - old)
+
+    def average(old, new):
+        return old + tf.where(finite, 1.0 - _LEVEL_MOMENTUM, 0.0) * (new - old)
+
     return state._replace(
         gram=keep * state.gram + tf.matmul(weighted, centred_x, transpose_a=True),
         moment=keep * state.moment + tf.linalg.matvec(weighted, centred_y, transpose_a=True),
@@ -259,7 +263,10 @@ def solve_exactly(state: State, prior: Prior) -> np.ndarray:
     if not state.count > 0:
         return -prior.profile.astype(np.float64)
     state = State(*(np.asarray(x, np.float64) for x in state))
-    scale, noise = max(float(state.scale), 1e-30), max(float(state.noise), 1e-4 * float(state.square / state.count), 1e-30)
+    scale, noise = (
+        max(float(state.scale), 1e-30),
+        max(float(state.noise), 1e-4 * float(state.square / state.count), 1e-30),
+    )
     decisions, options = prior.profile.shape
     # The covariance of the effects, which is all that A is needed for: e = K (K G / noise + 1)^-1 b / noise.
     profile, residual = prior.profile.astype(np.float64), prior.residual.astype(np.float64)

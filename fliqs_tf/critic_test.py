@@ -14,7 +14,11 @@ NOISE_POWER = np.array([[0.03, 0.01, 0.0001]] * 3)
 @functools.cache  # tracing is what takes time
 def updater(with_prior):
     prior = critic.make_prior(NOISE_POWER * MASK if with_prior else None, MASK)
-    return prior, tf.function(lambda state, a, y: critic.solve(critic.observe(state, a, y, prior), prior))
+    return prior, traced_update(prior)
+
+
+def traced_update(prior):
+    return tf.function(lambda state, a, y: critic.solve(critic.observe(state, a, y, prior), prior))
 
 
 @tf.function
@@ -22,7 +26,9 @@ def draw(seed, k):
     return policy.draw(tf.constant(MASK / MASK.sum(axis=1, keepdims=True), tf.float32), seed, k)
 
 
-def learn(updates, k=4, noise=0.0, seed=0, effects=EFFECTS, noise_power=None, scale=1.0, level=lambda i: 0.0, spoil=None):
+def learn(
+    updates, k=4, noise=0.0, seed=0, effects=EFFECTS, noise_power=None, scale=1.0, level=lambda i: 0.0, spoil=None
+):
     """State after readings of an additive quality, drawn uniformly."""
     rng = np.random.default_rng(seed)
     prior, update = updater(noise_power is not None)
@@ -79,7 +85,9 @@ def test_the_unit_of_quality_does_not_matter(scale):
 
 
 def test_readings_that_are_not_finite_are_left_out():
-    spoil = lambda i, quality: np.where(i % 3 == 1, np.nan if i % 2 else -np.inf, quality)
+    def spoil(i, quality):
+        return np.where(i % 3 == 1, np.nan if i % 2 else -np.inf, quality)
+
     state, _ = learn(150, spoil=spoil)
     np.testing.assert_allclose(centred(state.effects), centred(EFFECTS), atol=0.02)
     assert float(state.updates) == 100
@@ -87,7 +95,10 @@ def test_readings_that_are_not_finite_are_left_out():
 
 def test_batches_that_blow_up_weigh_little():
     rng = np.random.default_rng(1)
-    spoil = lambda i, quality: quality - (50.0 * rng.random(len(quality)) if i % 20 == 19 else 0.0)
+
+    def spoil(i, quality):
+        return quality - (50.0 * rng.random(len(quality)) if i % 20 == 19 else 0.0)
+
     state, _ = learn(300, noise=0.02, spoil=spoil)
     np.testing.assert_allclose(centred(state.effects), centred(EFFECTS), atol=0.05)
 
@@ -104,7 +115,9 @@ def test_effects_that_move_are_followed():
         state = observe(state, samples, quality)
     state = critic.solve(state, prior, iterations=50)
     # Without growing weights the estimate would be 3/4 of the way.
-    assert np.abs(centred(state.effects) - centred(moved)).max() < 0.15 * np.abs(centred(moved) - centred(EFFECTS)).max()
+    assert (
+        np.abs(centred(state.effects) - centred(moved)).max() < 0.15 * np.abs(centred(moved) - centred(EFFECTS)).max()
+    )
 
 
 def test_the_prior_lets_one_option_tell_of_the_others():
@@ -117,7 +130,7 @@ def test_the_prior_lets_one_option_tell_of_the_others():
         rng = np.random.default_rng(0)
         prior = critic.make_prior(noise_power, mask)
         state = critic.State(*[tf.zeros(s) for s in critic.state_shapes(8, 14)])
-        update = tf.function(lambda state, a, y: critic.solve(critic.observe(state, a, y, prior), prior))
+        update = traced_update(prior)
         for i in range(40):
             samples = policy.draw(tf.fill([8, 14], 1 / 14), tf.constant([0, i]), 4)
             quality = truth[np.arange(8), samples.numpy()].sum(axis=1) + 0.5 * rng.normal(size=4)
@@ -149,6 +162,9 @@ def test_the_same_compiled_or_not():
     prior = critic.make_prior(NOISE_POWER, MASK)
     start = critic.State(*[tf.zeros(s) for s in critic.state_shapes(*MASK.shape)])
     samples, quality = tf.constant([[0, 0, 1], [1, 1, 2], [2, 0, 0]]), tf.constant([0.1, 0.5, -0.2])
-    update = lambda: critic.solve(critic.observe(start, samples, quality, prior), prior)
+
+    def update():
+        return critic.solve(critic.observe(start, samples, quality, prior), prior)
+
     for one, other in zip(update(), tf.function(update, jit_compile=True)()):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

@@ -88,7 +88,7 @@ class Format:
         if self.name == "FP32":
             raise ValueError("FP32 has too many values to list; use numpy.finfo(numpy.float32).")
         y, e0 = self.mantissa_bits, self.min_exponent
-        top = int(math.floor(math.log2(self.max)))
+        top = math.floor(math.log2(self.max))
         lowest = np.arange(1, 2 ** (y + 1)) * 2.0 ** (e0 - y)  # subnormals and the binade of e0
         normal = (2**y + np.arange(2**y)) * 2.0 ** (np.arange(e0 + 1, top + 1)[:, None] - y)
         positive = np.concatenate([lowest, normal.ravel()])
@@ -125,9 +125,7 @@ def _properties(name: str) -> tuple[int, int, int, float]:
 
 def _check_range(name: str, what: str, value: int, allowed: tuple[int, int]) -> None:
     if not allowed[0] <= value <= allowed[1]:
-        raise ValueError(
-            f"Unknown format {name!r}: {what} must be {allowed[0]}..{allowed[1]} (got {value}); {_HELP}."
-        )
+        raise ValueError(f"Unknown format {name!r}: {what} must be {allowed[0]}..{allowed[1]} (got {value}); {_HELP}.")
 
 
 def _lowest_exponent(x: int) -> int:
@@ -145,7 +143,7 @@ def _float_max(x: int, y: int) -> float:
     return (2 - 2.0**-y) * 2.0 ** (2**x - 1 - bias)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gaussian_noise(name: str) -> float:
     fmt = Format(name)
     if name == "FP32":

@@ -56,9 +56,8 @@ def test_after_it_the_stored_averages_are_used_again():
 def test_also_after_an_error():
     model, x = model_of(L.BatchNormalization(), 4), data((4,))
     before = model(x, training=False).numpy()
-    with pytest.raises(RuntimeError):
-        with batch_statistics(model):
-            raise RuntimeError
+    with pytest.raises(RuntimeError), batch_statistics(model):
+        raise RuntimeError
     np.testing.assert_array_equal(model(x, training=False), before)
 
 

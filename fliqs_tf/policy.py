@@ -177,8 +177,9 @@ def best_sample(
 ) -> np.ndarray:
     """The sample with the highest score. On the host, NumPy.
 
-    Small spaces are searched through, others by local search from several starts. Moves are changes of one decision and of two at once. The starts are samples that weigh effects against cost at
-    prices from nothing to very much, and `start`.
+    Small spaces are searched through, others by local search from several starts. Moves are changes of one decision
+    and of two at once. The starts are samples that weigh effects against cost at prices from nothing to very much,
+    and `start`.
 
     Args:
       effects: [D, N], effect on quality.
@@ -243,9 +244,7 @@ def best_sample(
         first, second = first[apart], second[apart]
         if not len(first):
             return sample[None]
-        scores = score(
-            total(sample) + gain[first] + gain[second], ratios(sample[None])[0] + rise[first] + rise[second]
-        )
+        scores = score(total(sample) + gain[first] + gain[second], ratios(sample[None])[0] + rise[first] + rise[second])
         top = np.argpartition(-scores, min(keep, len(scores) - 1))[:keep]
         return changed(sample, moving[first[top]], moving[second[top]])
 

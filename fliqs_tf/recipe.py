@@ -61,7 +61,7 @@ class Recipe:
         name = Format(fmt).name
         if hasattr(model, "recipe"):
             recipe = model.recipe()
-            return dataclasses.replace(recipe, formats={d: name for d in recipe.formats}, info={})
+            return dataclasses.replace(recipe, formats=dict.fromkeys(recipe.formats, name), info={})
         return cls({path: name for path, _ in trace.quantizable(model)})
 
     @property

@@ -180,7 +180,7 @@ DAMAGED = {
     ),
     "separate without parts": (
         b'{%s, "tensors": "separate"}' % FORMATS.encode(),
-        "named \"LAYER/weights\" and \"LAYER/activations\", got 'conv1'",
+        'named "LAYER/weights" and "LAYER/activations", got \'conv1\'',
     ),
     "separate without activations": (
         b'{"formats": {"conv1/weights": "INT8"}, "tensors": "separate"}',

@@ -37,7 +37,9 @@ def test_slope_is_that_of_automatic_differentiation(reward):
 
 
 def test_slopes_by_hand():
-    slope = lambda reward: reward.slope(0.8, RATIOS).numpy().tolist()
+    def slope(reward):
+        return reward.slope(0.8, RATIOS).numpy().tolist()
+
     assert slope(rewards.Absolute(-0.5)) == [-0.5, -0.5, 0.5, 0.5]
     assert slope(rewards.OneSided(-0.5)) == [0, 0, 0.5, 0.5]
     assert slope(rewards.SoftExponential(-0.5)) == pytest.approx([0.8, 0.5, 0.32, 0.2])
@@ -68,10 +70,9 @@ def test_get():
 
 
 def test_in_a_compiled_function():
-    for reward in ALL:
-        compiled = tf.function(lambda q, r: (reward(q, r), reward.slope(q, r)), jit_compile=True)
-        for one, other in zip(compiled(tf.constant(0.8), tf.constant(RATIOS)), (reward(0.8, RATIOS), reward.slope(0.8, RATIOS))):
-            np.testing.assert_allclose(one, other, rtol=1e-6)
+    for function in [f for reward in ALL for f in (reward, reward.slope)]:
+        compiled = tf.function(function, jit_compile=True)(tf.constant(0.8), tf.constant(RATIOS))
+        np.testing.assert_allclose(compiled, function(0.8, RATIOS), rtol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, math.nan])

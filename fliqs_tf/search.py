@@ -158,9 +158,7 @@ class SearchModel(keras.Model):
         table = costs.CostTable(cost_object, self.sites, [(d.name, d.options) for d in self.decisions])
         target = None
         if target_cost is not None:
-            target = costs.target(
-                target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable()
-            )
+            target = costs.target(target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable())
         if controller is not None and controller != self._controller_options():
             self.controller = self._new_controller(controller)
         self._search = {
@@ -224,7 +222,9 @@ class SearchModel(keras.Model):
         if not self._search:
             raise RuntimeError("Call compile(optimizer, loss, target_cost=...) before fit.")
         if self.target_cost is None:
-            raise ValueError("compile was called without target_cost; fit needs it, for example target_cost='0.25x INT8'.")
+            raise ValueError(
+                "compile was called without target_cost; fit needs it, for example target_cost='0.25x INT8'."
+            )
         return fitting.fit(self, super().fit, x, y, args, kwargs, quality_data)
 
     def configure_controller(self, total_steps: int, held_out: bool) -> None:

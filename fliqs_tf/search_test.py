@@ -9,9 +9,11 @@ from fliqs_tf._keras import keras
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(128, 8, 8, 1)).astype(np.float32)
 # Which quadrant is brightest: easy, but not for one pixel.
-LABELS = np.stack(
-    [IMAGES[:, :4, :4], IMAGES[:, :4, 4:], IMAGES[:, 4:, :4], IMAGES[:, 4:, 4:]], axis=1
-).sum(axis=(2, 3, 4)).argmax(axis=1)
+LABELS = (
+    np.stack([IMAGES[:, :4, :4], IMAGES[:, :4, 4:], IMAGES[:, 4:, :4], IMAGES[:, 4:, 4:]], axis=1)
+    .sum(axis=(2, 3, 4))
+    .argmax(axis=1)
+)
 
 
 def convnet():
@@ -45,9 +47,7 @@ def compiled(space=("INT4", "INT8"), model=None, **options):
 @pytest.fixture(scope="module")
 def searched():
     qmodel = compiled()
-    history = qmodel.fit(
-        IMAGES, LABELS, batch_size=32, epochs=20, verbose=0, quality_data=(IMAGES[:64], LABELS[:64])
-    )
+    history = qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=20, verbose=0, quality_data=(IMAGES[:64], LABELS[:64]))
     return qmodel, history.history
 
 
@@ -99,7 +99,9 @@ def test_deploying_another_recipe_restates_batch_normalization_for_it(searched):
     norm = next(layer for layer in other.layers if isinstance(layer, keras.layers.BatchNormalization))
     conv = next(layer for layer in other.layers if layer.name == "conv")
     # All 128 training images in batches of 32: the mean of the batch means is the mean of all.
-    np.testing.assert_allclose(norm.moving_mean, np.mean(np.asarray(conv(IMAGES)), axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        norm.moving_mean, np.mean(np.asarray(conv(IMAGES)), axis=(0, 1, 2)), rtol=1e-4, atol=1e-6
+    )
     assert fliqs_tf.costs.bops(other) == fliqs_tf.costs.bops(qmodel, "INT4")
 
 

@@ -204,7 +204,5 @@ def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
     return [
         (path, layer)
         for path, layer in walk(model)
-        if not kernels(layer)
-        and not hasattr(layer, "quantized_layer")
-        and any(len(w.shape) > 1 for w in layer.weights)
+        if not kernels(layer) and not hasattr(layer, "quantized_layer") and any(len(w.shape) > 1 for w in layer.weights)
     ]

@@ -225,8 +225,7 @@ def test_tracing_leaves_the_model_as_it_was():
 
 def test_calls_are_put_back_when_the_model_fails():
     layer = L.Dense(5)
-    with pytest.raises(RuntimeError, match="stop"):
-        with trace.overridden_calls({layer: lambda x: x}):
-            assert layer.call(3) == 3
-            raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"), trace.overridden_calls({layer: lambda x: x}):
+        assert layer.call(3) == 3
+        raise RuntimeError("stop")
     assert "call" not in vars(layer)

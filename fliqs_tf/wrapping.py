@@ -127,7 +127,7 @@ def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
         for path in recipe.layers.get(decision, (name,)):
             formats.setdefault(path, {})[tensor] = (fmt, decision)
     float_layers = recipe.info.get("float_layers", ())
-    dataclasses.replace(recipe, formats={p: "FP32" for p in formats}, tensors="together", layers={}).check(
+    dataclasses.replace(recipe, formats=dict.fromkeys(formats, "FP32"), tensors="together", layers={}).check(
         [p for p in paths if p not in float_layers], model.name
     )
     by_id = {id(layer): formats[path] for path, layer in layers if path in formats}

@@ -327,7 +327,9 @@ class Subclassed(keras.Model):
         return self.fc(x)
 
 
-@pytest.mark.parametrize("convert", [lambda m: wrapping.quantized_network(m, MENU), lambda m: wrapping.apply(m, "INT4")])
+@pytest.mark.parametrize(
+    "convert", [lambda m: wrapping.quantized_network(m, MENU), lambda m: wrapping.apply(m, "INT4")]
+)
 def test_models_that_cannot_be_quantized(convert):
     with pytest.raises(ValueError, match="has nothing to quantize: none of its layers is a Dense, Conv1D"):
         convert(keras.Sequential([keras.Input((3,)), L.ReLU()], name="net"))
@@ -383,7 +385,9 @@ KINDS = {
         {"a": ("INT8", "FP32"), "b": ("INT4", "FP32")},
     ),
     "separate": (
-        Recipe({"a/weights": "INT4", "a/activations": "INT8", "b/weights": "INT8", "b/activations": "INT4"}, "separate"),
+        Recipe(
+            {"a/weights": "INT4", "a/activations": "INT8", "b/weights": "INT8", "b/activations": "INT4"}, "separate"
+        ),
         {"tensors": "separate"},
         {"a": ("INT4", "INT8"), "b": ("INT8", "INT4")},
     ),

@@ -1,0 +1,120 @@
+"""The programs as a user runs them, on the digits."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fliqs_tf
+from fliqs_tf._keras import keras
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# 20 steps an epoch; a narrow network compiles and runs fast.
+SMALL = ["--width=0.25", "--epochs=4", "--checkpoint_every_steps=25", "--deterministic", "--learning_rate=0.05"]
+
+
+def start(program, *flags):
+    command = [sys.executable, str(ROOT / "binaries" / program), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(program, *flags):
+    process = start(program, *flags)
+    output, errors = process.communicate(timeout=600)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "search"
+    status, output, errors = run("search.py", f"--run_dir={path}", *SMALL)
+    assert status == 0, errors
+    return path, output
+
+
+def test_search_leaves_what_it_promises(searched):
+    path, output = searched
+    recipe = json.loads((path / "recipe.json").read_text())
+    assert len(recipe["formats"]) == 10 and set(recipe["formats"].values()) <= {"INT4", "INT8", "BF16"}
+    assert abs(recipe["cost"] / recipe["target_cost"] - 1) < 0.05
+    assert recipe["seed"] == 0 and recipe["flags"]["width"] == 0.25 and "tensorflow" in recipe["versions"]
+    np.testing.assert_allclose(sum(layer["cost"] for layer in recipe["layers_table"]), recipe["cost"])
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 80 and rows[-1]["entropy"] < 0.05
+    assert set(rows[-1]["probabilities"]) == set(recipe["formats"])
+    for name in ("formats.png", "probabilities.png", "curves.png", "report.html", "checkpoints", "events"):
+        assert (path / name).exists(), name
+    for text in ("searched", "uniform INT4", "uniform INT8", "stage2_block1_shortcut"):
+        assert text in output
+
+
+def test_saved_model_evaluates_to_the_accuracy_of_the_recipe(searched):
+    path, _ = searched
+    status, output, errors = run(
+        "evaluate.py", f"--model_file={path}/model.keras", f"--recipe={path}/recipe.json", "--width=0.25"
+    )
+    assert status == 0, errors
+    accuracy = f"{json.loads((path / 'recipe.json').read_text())['accuracy'] * 100:.2f}"
+    assert output.count(accuracy) == 2
+
+
+def test_a_second_run_in_its_directory_is_refused(searched):
+    path, _ = searched
+    before = (path / "recipe.json").read_bytes()
+    status, _, errors = run("search.py", f"--run_dir={path}", *SMALL)
+    assert status != 0 and "holds a run already" in errors
+    assert (path / "recipe.json").read_bytes() == before
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(searched, tmp_path):
+    path, _ = searched
+    process = start("search.py", f"--run_dir={tmp_path / 'killed'}", *SMALL)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").glob("checkpoints/step-00000025.ckpt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    status, output, errors = run("search.py", f"--run_dir={tmp_path / 'killed'}", "--resume", *SMALL)
+    assert status == 0, errors
+    assert "Going on from step" in output
+    last = "checkpoints/step-00000080.ckpt"
+    assert (tmp_path / "killed" / last).read_bytes() == (path / last).read_bytes()
+    formats = [json.loads((p / "recipe.json").read_text())["formats"] for p in (path, tmp_path / "killed")]
+    assert formats[0] == formats[1]
+
+
+def test_train_with_a_recipe(searched, tmp_path):
+    path, _ = searched
+    status, output, errors = run(
+        "train.py", f"--recipe={path}/recipe.json", f"--run_dir={tmp_path}/fixed", "--width=0.25", "--epochs=1"
+    )
+    assert status == 0, errors
+    result = json.loads((tmp_path / "fixed" / "result.json").read_text())
+    assert result["cost"] == json.loads((path / "recipe.json").read_text())["cost"]
+    loaded = keras.models.load_model(tmp_path / "fixed" / "model.keras")
+    assert fliqs_tf.costs.bops(loaded) == result["cost"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
+        (["--target_cost=0.01x INT8"], "is out of reach"),
+        (["--space=INT4"], "no layer has more than one format"),
+        (["--dataset=cifar10", "--data_dir=/nonexistent"], "cifar10 is not prepared in"),
+        (["--holdout=0"], "needs held-out data: set --holdout above 0"),
+        (["--model=resnet9000"], "resnet20"),
+    ],
+)
+def test_bad_flags_end_with_one_clear_message(flags, message, tmp_path):
+    status, _, errors = run("search.py", f"--run_dir={tmp_path / 'bad'}", *flags)
+    assert status != 0
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "bad" / "recipe.json").exists()

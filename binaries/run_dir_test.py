@@ -1,0 +1,61 @@
+import subprocess
+import sys
+
+import pytest
+
+from binaries.run_dir import RunDir
+
+
+def opened(path, resume=False, overwrite=False):
+    return RunDir(path, resume=resume, overwrite=overwrite)
+
+
+def test_new_directory_is_made_and_held(tmp_path):
+    first = opened(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(SystemExit, match="Another process is at work"):
+        opened(tmp_path / "a" / "b")
+    del first
+    opened(tmp_path / "a" / "b")
+
+
+def test_a_run_is_neither_mixed_with_nor_lost(tmp_path):
+    (tmp_path / "flags.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"holds a run already\. Go on with it by --resume, replace it by --overwrite"):
+        opened(tmp_path)
+    opened(tmp_path, resume=True)
+    assert (tmp_path / "flags.json").exists()
+    opened(tmp_path, overwrite=True)
+    assert not (tmp_path / "flags.json").exists()
+
+
+def test_overwrite_spares_what_is_no_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="--overwrite will not remove them"):
+        opened(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(SystemExit, match="exclude each other"):
+        opened(tmp_path, resume=True, overwrite=True)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"Cannot write to the run directory .*Give another --run_dir"):
+        opened(tmp_path / "file")
+
+
+def test_lock_ends_with_the_process(tmp_path):
+    code = f"from binaries.run_dir import RunDir; import os; RunDir({str(tmp_path)!r}, resume=False, overwrite=False); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    opened(tmp_path)
+
+
+def test_metrics_after_a_step_are_dropped_and_so_is_a_torn_line(tmp_path):
+    run = opened(tmp_path)
+    lines = ['{"step": 10}', '{"step": 20}', '{"step": 30}', '{"step": 4']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    run.keep_metrics_until(20)
+    assert (run / "metrics.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
