@@ -58,6 +58,13 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
     return layer.add_weight(**options, experimental_autocast=False, aggregation=aggregation)
 
 
+def float_value(variable) -> tf.Tensor:
+    """A variable as it is stored, float32 also where mixed precision would cast what a layer reads."""
+    if IS_KERAS_3:
+        return tf.convert_to_tensor(variable._value)
+    return tf.convert_to_tensor(getattr(variable, "_variable", variable))
+
+
 @contextlib.contextmanager
 def substituted(layer, attribute: str, tensor):
     """Within it, `layer.call` sees `tensor` where it would read the variable `layer.<attribute>`."""
@@ -67,7 +74,7 @@ def substituted(layer, attribute: str, tensor):
             yield
     else:
         # tf_keras has no such scope: the attribute is set and put back, past the attribute tracking.
-        object.__setattr__(layer, attribute, tensor)
+        object.__setattr__(layer, attribute, tf.cast(tensor, layer.compute_dtype))
         try:
             yield
         finally:

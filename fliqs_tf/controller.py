@@ -192,7 +192,7 @@ class Controller(keras.layers.Layer):
 
     def decided_at(self) -> int:
         """Step at which the search loop calls `decide`: the first one of the last `settle` share of the run."""
-        return int(np.ceil((1.0 - self.settle) * int(self.total_steps)))
+        return int(np.ceil((1.0 - self.settle) * int(tf.convert_to_tensor(self.total_steps))))
 
     # The distribution
 
@@ -376,7 +376,7 @@ class Controller(keras.layers.Layer):
                 self._mask,
                 self._cost,
                 self._score(effects, float(critic.level(state))),
-                float(self.target),
+                float(tf.convert_to_tensor(self.target)),
                 choice,
             )
         rest = np.where(self._mask, -_DECIDED, 0.0)

@@ -195,8 +195,10 @@ def test_not_finite_quality_leaves_everything_as_it_was():
         controller = make(prior=PRIOR, total_steps=10**6, **{"delay": 8, **settings})
         search(controller, 48)
         before = controller.probabilities().numpy()
+        rewards_before = np.array(tf.convert_to_tensor(controller.reward_moments))
         controller.update(controller.sample([0, 99], 4), [0.1, np.nan, 0.2, np.inf])
         assert all(np.isfinite(w).all() for w in controller.get_weights())
+        np.testing.assert_array_equal(controller.reward_moments, rewards_before)
         np.testing.assert_allclose(controller.probabilities(), before, atol=0.02)
 
 

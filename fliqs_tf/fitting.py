@@ -80,15 +80,14 @@ def _create_variables(model, arguments) -> None:
     x, y = arguments["x"], arguments.get("y")
     if isinstance(x, tf.data.Dataset):
         _, y, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
-    if y is None or not all(hasattr(t, "shape") for t in tf.nest.flatten(y)):
-        return
+    outputs = model.network.outputs
+    if len(outputs) != 1 or not hasattr(y, "shape"):
+        return  # then the first step is traced twice
 
     def one_example(t, shape):
         return tf.zeros([1, *[size or 1 for size in tuple(shape)[1:]]], t.dtype)
 
-    y = tf.nest.map_structure(lambda t: one_example(t, t.shape), y)
-    outputs = model.network.outputs
-    y_pred = tf.nest.pack_sequence_as(model.network.output, [one_example(t, t.shape) for t in outputs])
+    y, y_pred = one_example(y, y.shape), one_example(outputs[0], outputs[0].shape)
     model.compute_loss(None, y, y_pred, None)
     model.__dict__.pop("_batch")
     model.compute_metrics(None, y, y_pred, None)

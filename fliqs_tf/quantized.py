@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 
 import tensorflow as tf
 
 from fliqs_tf import trace
-from fliqs_tf._keras import keras, substituted
+from fliqs_tf._keras import float_value, keras, substituted
 from fliqs_tf.quantizers import ActivationQuantizer, WeightQuantizer
+from fliqs_tf.space import Space
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
@@ -48,8 +49,8 @@ class Quantized(keras.layers.Wrapper):
         choices = {}
 
         def quantizer(cls, formats, decision, **options):
-            made = cls(formats, choice=choices.get(decision), **options)
-            choices[decision] = made.choice
+            made = cls(formats, choice=choices.get((decision, Space(formats))), **options)
+            choices[decision, made.space] = made.choice
             return made
 
         self.weight_quantizers = [
@@ -80,17 +81,18 @@ class Quantized(keras.layers.Wrapper):
         """Quantizers of the input, and of what is between the kernels if there are two; [] for a float input."""
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
-    @tf.autograph.experimental.do_not_convert
     def call(self, inputs, training=None):
         training = bool(training)
         x = _quantized_activation(self.activation_quantizer, inputs, training)
-        with contextlib.ExitStack() as stack:
-            for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers):
-                weight = tf.convert_to_tensor(getattr(self.layer, kernel.attribute))
-                quantized = tf.cast(quantizer.call(tf.cast(weight, tf.float32)), weight.dtype)
-                stack.enter_context(substituted(self.layer, kernel.attribute, quantized))
-            if len(self.weight_quantizers) == 2:
-                return _separable(self.layer, x, lambda t: _quantized_activation(self.middle_quantizer, t, training))
+        kernels = trace.kernels(self.layer)
+        weights = [
+            quantizer.call(float_value(getattr(self.layer, kernel.attribute)))
+            for kernel, quantizer in zip(kernels, self.weight_quantizers)
+        ]
+        if len(weights) == 2:
+            middle = functools.partial(_quantized_activation, self.middle_quantizer, training=training)
+            return _separable(self.layer, x, *weights, middle)
+        with substituted(self.layer, kernels[0].attribute, weights[0]):
             return self.layer.call(x)
 
     def compute_output_shape(self, input_shape):
@@ -114,12 +116,11 @@ def _quantized_activation(quantizer, x, training):
     return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
 
 
-def _separable(layer, x, middle):
+def _separable(layer, x, depthwise, pointwise, middle):
     """A SeparableConv2D in its two steps, so that the tensor between them can be quantized like any input."""
     strides = layer.strides if isinstance(layer.strides, (tuple, list)) else (layer.strides,) * 2
     channels_first = layer.data_format == "channels_first"
-    kernel = tf.cast(tf.convert_to_tensor(layer.depthwise_kernel), x.dtype)
-    pointwise = tf.cast(tf.convert_to_tensor(layer.pointwise_kernel), x.dtype)
+    kernel, pointwise = tf.cast(depthwise, x.dtype), tf.cast(pointwise, x.dtype)
     data_format = "NCHW" if channels_first else "NHWC"
     steps = (1, 1, *strides) if channels_first else (1, *strides, 1)
     x = tf.nn.depthwise_conv2d(

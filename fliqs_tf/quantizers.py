@@ -32,13 +32,18 @@ class Quantizer(keras.layers.Layer):
         if choice is None and len(self.space) > 1:
             # Until a search says otherwise, the widest format.
             self.choice = add_state(self, "choice", (), "int32", initial=len(self.space) - 1)
+        # A variable for a fixed format too: what an optimizer of graphs takes for a constant it computes with, and
+        # the bits would not be those of the search.
+        self._row = add_state(self, "row", (rounding.ROW_SIZE,), "float32") if self.choice is None else None
+        if self._row is not None:
+            self._row.assign(self._rows[0])
         self.supports_masking = True
         self.built = True
 
     def format_row(self) -> tf.Tensor:
         """Kernel row of the chosen format: float32 [rounding.ROW_SIZE]."""
         if self.choice is None:
-            return tf.constant(self._rows[0])
+            return tf.convert_to_tensor(self._row)
         return tf.gather(tf.constant(self._rows), tf.convert_to_tensor(self.choice))
 
     def get_config(self) -> dict:
@@ -60,7 +65,6 @@ class WeightQuantizer(Quantizer):
         super().__init__(formats, **kwargs)
         self.channel_axes = tuple(channel_axes)
 
-    @tf.autograph.experimental.do_not_convert
     def call(self, weight):
         amax = rounding.absolute_max(weight, self.channel_axes)
         return rounding.quantize(weight, amax, self.format_row(), saturates=False)
@@ -76,8 +80,8 @@ class WeightQuantizer(Quantizer):
 class ActivationQuantizer(Quantizer):
     """Quantizes an activation with one scale per tensor, amax from a moving average of the batches' amax.
 
-    The average is zero-debiased: `range` holds the decayed sum of batch amax and the decayed sum of weights, and
-    amax is their quotient. It moves in training only. Before any training, amax is the batch's own.
+    The average is zero-debiased: `range` holds the average and the decayed sum of weights. It moves in training only.
+    Before any training, amax is the batch's own.
 
     Args:
       formats: The menu, anything that `Space` takes. All formats share the range.
@@ -97,7 +101,6 @@ class ActivationQuantizer(Quantizer):
         self.momentum, self.clip = momentum, clip
         self.range = add_state(self, "range", (2,), "float32", initial=0, averaged=True)
 
-    @tf.autograph.experimental.do_not_convert
     def call(self, x, training=False):
         seen = tf.convert_to_tensor(self.range)
         if training and self.trainable:
@@ -121,12 +124,13 @@ _ANY, _RANGE = tf.TensorSpec(None, tf.float32), tf.TensorSpec([2], tf.float32)
 @tf.function(input_signature=[_ANY, _RANGE, tf.TensorSpec([], tf.float32)], autograph=False)
 def _moved_range(x, seen, momentum):
     """(range after x, amax that it stands for)."""
-    batch = tf.stack([rounding.absolute_max(x), 1.0])
-    moved = momentum * seen + (1.0 - momentum) * batch
-    return moved, moved[0] / moved[1]
+    average, weight = tf.unstack(seen)
+    weight = momentum * weight + (1.0 - momentum)
+    amax = average + (rounding.absolute_max(x) - average) * ((1.0 - momentum) / weight)
+    return tf.stack([amax, weight]), amax
 
 
 @tf.function(input_signature=[_ANY, _RANGE], autograph=False)
 def _amax(x, seen):
     """What a range stands for; amax of x itself if nothing was seen."""
-    return tf.cond(seen[1] > 0, lambda: seen[0] / seen[1], lambda: rounding.absolute_max(x))
+    return tf.cond(seen[1] > 0, lambda: seen[0], lambda: rounding.absolute_max(x))

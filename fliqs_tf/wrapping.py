@@ -39,7 +39,7 @@ class Rule:
 
     def __post_init__(self):
         try:
-            re.compile(self.pattern)
+            re.search(self.pattern, "")
         except (re.error, TypeError) as error:
             raise ValueError(f"Rule pattern {self.pattern!r} is not a regular expression: {error}.") from None
         if self.formats is not UNCHANGED and self.formats is not None:
@@ -121,31 +121,20 @@ def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
-    formats = {}
-    for decision, fmt in recipe.formats.items():
-        name, _, tensor = decision.rpartition("/") if recipe.tensors == "separate" else (decision, "", "")
-        for path in recipe.layers.get(decision, (name,)):
-            formats.setdefault(path, {})[tensor] = (fmt, decision)
-    float_layers = recipe.info.get("float_layers", ())
-    dataclasses.replace(recipe, formats=dict.fromkeys(formats, "FP32"), tensors="together", layers={}).check(
-        [p for p in paths if p not in float_layers], model.name
-    )
-    by_id = {id(layer): formats[path] for path, layer in layers if path in formats}
+    decided = recipe.of_layers()
+    Recipe(dict.fromkeys(decided, "FP32")).check([p for p in paths if p not in recipe.float_layers], model.name)
+    by_id = {id(layer): decided[path] for path, layer in layers if path in decided}
 
     def quantize(layer, copy):
         if id(layer) not in by_id:
             return copy
-        chosen = by_id[id(layer)]
-        weight, weight_decision = chosen.get("weights") or chosen.get("") or ("FP32", None)
-        activation, activation_decision = chosen.get("activations") or chosen.get("") or (None, None)
-        if recipe.tensors == "weights":
-            activation = None
+        weights, activations = by_id[id(layer)]["weights"], by_id[id(layer)].get("activations")
         return Quantized(
             copy,
-            [weight],
-            [activation] if activation else None,
-            weight_decision,
-            activation_decision,
+            [recipe.formats[weights]],
+            [recipe.formats[activations]] if activations else None,
+            weights,
+            activations,
             name=copy.name,
             dtype=copy.dtype_policy,
         )
@@ -204,7 +193,25 @@ def _layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
 
 
 def _as_rules(rules) -> list[Rule]:
+    if isinstance(rules, (str, Rule)):
+        raise ValueError(f"rules must be a list of rules, got {rules!r}.")
+    for rule in rules:
+        if not isinstance(rule, Rule) and not (isinstance(rule, (tuple, list)) and 1 <= len(rule) <= 3):
+            raise ValueError(
+                f"A rule is (pattern, menu), (pattern, None) to leave layers in float, or a fliqs_tf.Rule, got {rule!r}."
+            )
     return [rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules]
+
+
+def _tied(rule: Rule, match: re.Match, path: str) -> str:
+    """Name of the decision that a rule gives a layer."""
+    try:
+        name = match.expand(rule.tie)
+    except re.error as error:
+        raise ValueError(f"Rule {rule.pattern!r}: tie {rule.tie!r} does not fit the pattern: {error}.") from None
+    if not name:
+        raise ValueError(f"Rule {rule.pattern!r}: tie {rule.tie!r} gives no name for layer {path!r}.")
+    return name
 
 
 def _plans(paths, space: Space, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, _Plan]:
@@ -221,15 +228,15 @@ def _plans(paths, space: Space, rules: Sequence[Rule], granularity: str, tensors
             raise ValueError(f"Rule {rule.pattern!r} matches no layer. Layers: {', '.join(paths)}.")
     plans = {}
     for path in paths:
-        menu, decision = space, path if granularity == "layer" else "model"
+        menu, decision = space, None
         for rule in rules:
             if match := re.search(rule.pattern, path):
                 menu = menu if rule.formats is UNCHANGED else rule.formats
-                decision = match.expand(rule.tie) if rule.tie else decision
+                decision = _tied(rule, match, path) if rule.tie else decision
         if menu is None:
             continue
-        if granularity == "model" and menu != space:
-            decision = path  # a menu of its own is a decision of its own
+        if decision is None:  # a menu of its own is a decision of its own
+            decision = "model" if granularity == "model" and menu == space else path
         names = (f"{decision}/weights", f"{decision}/activations") if tensors == "separate" else (decision, decision)
         plans[path] = _Plan(menu, *names, quantize_input=tensors != "weights")
     _check_menus(plans)
@@ -270,7 +277,7 @@ def _clone(model: keras.Model, replace: Callable) -> keras.Model:
 
     def copy_of(layer):
         if id(layer) not in copies:
-            if isinstance(layer, keras.Model):
+            if trace.is_network(layer):
                 copies[id(layer)] = clone(layer)
             else:
                 copies[id(layer)] = replace(layer, type(layer).from_config(layer.get_config()))
