@@ -128,7 +128,7 @@ def test_normalize_by_hand():
 
 
 def test_resumed_batches_are_the_same_to_the_bit(digits):
-    arguments = dict(batch_size=100, seed=3, total_steps=30)
+    arguments = {"batch_size": 100, "seed": 3, "total_steps": 30}
     whole = list(data_lib.train_batches(digits, start_step=0, **arguments))
     assert len(whole) == 30  # more than two epochs of 12
     for start in (0, 1, 11, 12, 29, 30):
@@ -136,7 +136,7 @@ def test_resumed_batches_are_the_same_to_the_bit(digits):
 
 
 def test_seed_changes_order_and_augmentation(digits):
-    arguments = dict(batch_size=100, start_step=0, total_steps=3)
+    arguments = {"batch_size": 100, "start_step": 0, "total_steps": 3}
     first = data_lib.train_batches(digits, seed=3, **arguments)
     assert same(first, first)
     for other_seed in (4, -3, 2**40):

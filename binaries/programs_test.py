@@ -91,7 +91,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(searched, tmp_path):
 
 def test_train_with_a_recipe(searched, tmp_path):
     path, _ = searched
-    status, output, errors = run(
+    status, _, errors = run(
         "train.py", f"--recipe={path}/recipe.json", f"--run_dir={tmp_path}/fixed", "--width=0.25", "--epochs=1"
     )
     assert status == 0, errors

@@ -48,7 +48,8 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 
 
 def test_lock_ends_with_the_process(tmp_path):
-    code = f"from binaries.run_dir import RunDir; import os; RunDir({str(tmp_path)!r}, resume=False, overwrite=False); os._exit(9)"
+    code = "import os, sys; from binaries.run_dir import RunDir; "
+    code += f"run = RunDir({str(tmp_path)!r}, resume=False, overwrite=False); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     opened(tmp_path)
 

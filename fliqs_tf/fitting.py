@@ -148,8 +148,8 @@ class _SearchLoop(keras.callbacks.Callback):
         bad = int(self.search_model.bad_step)
         if bad >= 0:
             raise FloatingPointError(
-                f"The loss was not finite at step {bad}. Stopped: go back to a checkpoint from before it, and lower the "
-                f"learning rate or leave the narrowest formats out of the menu."
+                f"The loss was not finite at step {bad}. Stopped: go back to a checkpoint from before it, and lower "
+                f"the learning rate or leave the narrowest formats out of the menu."
             )
 
 

@@ -39,6 +39,7 @@ def accuracy(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
       y_true: Class indices [batch] or [batch, 1], or one-hot like y_pred; for one output 0 or 1.
       y_pred: Scores [batch, classes] (probabilities or logits), or one probability [batch, 1].
     """
+    y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
     if y_pred.shape[-1] == 1:
         right = keras.metrics.binary_accuracy(tf.cast(tf.reshape(y_true, tf.shape(y_pred)), y_pred.dtype), y_pred)
     elif y_true.shape.rank == y_pred.shape.rank and y_true.shape[-1] == y_pred.shape[-1]:

@@ -289,7 +289,7 @@ class SearchModel(keras.Model):
         Returns:
           float32 scalar.
         """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tf.nest.map_structure(tf.convert_to_tensor, data))
         self._assign(sample)
         states = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(tf.convert_to_tensor(v)) for v in states]

@@ -129,10 +129,10 @@ def test_weight_step_runs_with_the_drawn_formats():
     sample = qmodel._draw(1)[0]
     qmodel.use_sample(sample)
     start = qmodel.network.get_weights()
-    expected = np.asarray(qmodel.network(IMAGES[:32], training=True))
+    expected = np.asarray(qmodel.network(tf.constant(IMAGES[:32]), training=True))
     qmodel.network.set_weights(start)  # that call moved the ranges and the moving averages
     qmodel.use_sample()
-    qmodel.train_step((IMAGES[:32], LABELS[:32]))
+    qmodel.train_step((tf.constant(IMAGES[:32]), tf.constant(LABELS[:32])))
     np.testing.assert_allclose(np.asarray(seen[0]), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(qmodel.previous_sample, sample)
 

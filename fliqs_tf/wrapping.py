@@ -198,7 +198,8 @@ def _as_rules(rules) -> list[Rule]:
     for rule in rules:
         if not isinstance(rule, Rule) and not (isinstance(rule, (tuple, list)) and 1 <= len(rule) <= 3):
             raise ValueError(
-                f"A rule is (pattern, menu), (pattern, None) to leave layers in float, or a fliqs_tf.Rule, got {rule!r}."
+                f"A rule is (pattern, menu), (pattern, None) to leave layers in float, or a fliqs_tf.Rule, "
+                f"got {rule!r}."
             )
     return [rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules]
 
