@@ -28,7 +28,7 @@ from absl import app, flags
 
 import fliqs_tf
 import models
-from binaries import landscapes, tables
+from binaries import landscapes
 from binaries.run_dir import versions
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.recipe import write_json
@@ -54,7 +54,9 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if FLAGS.controller:
-        landscapes.main(argv)
+        print(landscapes.HEADER)
+        for row in landscapes.run():
+            print(landscapes.table_line(row), flush=True)
     elif FLAGS.worker:
         kind, _, name = FLAGS.worker.partition(":")
         print(json.dumps({"times": times, "memory": memory, "first": first_step}[kind](*([name] if name else []))))
@@ -170,22 +172,20 @@ def first_step(name: str) -> float:
 def show(which: str, result: dict) -> None:
     """Prints one table."""
     wall = {name: value["wall"] for name, value in result["times"].items()}
-    rows = []
+    print(f"\nResNet-20, 32 x 32, batch {BATCH}, Keras {which}")
+    print(f"{'':40}{'ms per step':>12}{'to float':>10}{'peak MiB':>10}{'to fixed INT8':>15}")
     for name, value in wall.items():
-        row = {"name": name, "ms per step": f"{value:.1f}", "to float": f"{value / wall['float']:.3f}"}
+        line = f"{name:40}{value:12.1f}{value / wall['float']:10.3f}"
         if name in result["memory"]:
             peak = result["memory"][name]
-            row |= {"peak MiB": f"{peak:.0f}", "to fixed INT8": f"{peak / result['memory']['fixed INT8']:.3f}"}
-        rows.append(row)
+            line += f"{peak:10.0f}{peak / result['memory']['fixed INT8']:15.3f}"
+        print(line)
     first = result["first"]
     fair = wall["float"] + wall["float forward"]  # a default search makes one forward pass per step
-    tables.print_tables(
-        tables.plain_table(rows, title=f"ResNet-20, 32 x 32, batch {BATCH}, Keras {which}"),
-        f"{HELD_OUT}: {wall[HELD_OUT] / fair:.3f} x (float step + float forward pass)",
-        f"14 options to 2: {wall['search, 14 options'] / wall['search, 2 options']:.3f}",
-        f"MobileNetV2, wrap + compile + first step: {first['search, 2 options']:.1f} s, float {first['float']:.1f} s, "
-        f"ratio {first['search, 2 options'] / first['float']:.2f}",
-    )
+    print(f"{HELD_OUT}: {wall[HELD_OUT] / fair:.3f} x (float step + float forward pass)")
+    print(f"14 options to 2: {wall['search, 14 options'] / wall['search, 2 options']:.3f}")
+    search, base = first["search, 2 options"], first["float"]
+    print(f"MobileNetV2, wrap + compile + first step: {search:.1f} s, float {base:.1f} s, ratio {search / base:.2f}")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def main(argv):
     model = build(data, total)
     write_json(run / "flags.json", settings.flag_values())
     write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
-    start = train(model, data, run, steps_per_epoch, total)
+    train(model, data, run, steps_per_epoch, total)
     results = summarize(model, data, total)
-    finish(model, run, results, start)
+    finish(run, results)
 
 
 def build(data, total: int) -> fliqs_tf.SearchModel:
@@ -109,8 +109,8 @@ def _rules() -> list[fliqs_tf.Rule]:
     return rules
 
 
-def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> int:
-    """Fits to the end, from the newest checkpoint if there is one. Returns the step it began with."""
+def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
+    """Fits to the end, from the newest checkpoint if there is one."""
     start = 0
     if FLAGS.resume:
         try:
@@ -150,7 +150,6 @@ def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> int:
             )
         except FloatingPointError as error:
             sys.exit(f"{error}\nThe last good checkpoint is in {run / 'checkpoints'}.")
-    return start
 
 
 def summarize(model, data, total: int) -> dict:
@@ -217,7 +216,7 @@ def _reference(path: pathlib.Path) -> dict:
         sys.exit(f"--references: {path} is not a finished run of train.py ({error!r}).")
 
 
-def finish(model, run: RunDir, results: dict, start: int) -> None:
+def finish(run: RunDir, results: dict) -> None:
     """Writes what the run leaves behind, and prints the tables."""
     recipe, final = results["recipe"], results["final"]
     final.save(run / "model.keras")
