@@ -1,6 +1,6 @@
 """FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
 
-from fliqs_tf import costs, rewards, schedules
+from fliqs_tf import costs, export, rewards, schedules
 from fliqs_tf.callbacks import SearchCheckpoint, SearchLog
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
@@ -26,6 +26,7 @@ __all__ = [
     "Space",
     "apply",
     "costs",
+    "export",
     "fake_quant",
     "rewards",
     "schedules",
