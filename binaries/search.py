@@ -25,7 +25,7 @@ from binaries import data as datasets
 from binaries import settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import checkpoints, report
-from fliqs_tf.recipe import write_json
+from fliqs_tf.files import write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()

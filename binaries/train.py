@@ -22,7 +22,7 @@ from binaries import settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import checkpoints
 from fliqs_tf._keras import keras
-from fliqs_tf.recipe import write_json
+from fliqs_tf.files import write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()

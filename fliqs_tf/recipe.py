@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import pathlib
 import reprlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fliqs_tf import trace
+from fliqs_tf.files import first_repeated, read_json, write_json
 from fliqs_tf.formats import Format
 
 TENSORS = ("together", "weights", "separate")
 _KEYS = ("formats", "tensors", "layers")
-_MOST_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +116,9 @@ class Recipe:
           ValueError: The file is not a recipe; the message names the file and what is wrong.
           OSError: It cannot be read.
         """
-        path = pathlib.Path(path)
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {_MOST_BYTES}.")
+        data = read_json(path, "recipe")
         try:
-            return cls.from_dict(json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates))
-        except RecursionError:
-            raise ValueError(f"{path} is not a recipe: nested too deeply.") from None
+            return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
 
@@ -135,7 +128,7 @@ class Recipe:
         Raises:
           ValueError: Lists what is missing and what is unknown.
         """
-        decisions = list(decisions)
+        decisions = dict.fromkeys(decisions)
         missing = [d for d in decisions if d not in self.formats]
         unknown = [d for d in self.formats if d not in decisions]
         problems = [
@@ -144,36 +137,8 @@ class Recipe:
         if problems:
             raise ValueError(
                 f"The recipe does not fit model {model_name!r}: {'; '.join(problems)}. The model's decisions are "
-                f"{_listed(decisions)}."
+                f"{_listed(list(decisions))}."
             )
-
-
-def write_json(path: str | os.PathLike, data) -> None:
-    """Writes JSON to `path`, whole or not at all."""
-    path = pathlib.Path(path)
-    text = json.dumps(data, indent=2) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        raise ValueError(f"{_first_repeated([key for key, _ in pairs])!r} is there twice.")
-    return data
-
-
-def _first_repeated(names: list[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
 
 
 def _check_pairs(formats) -> None:
@@ -208,7 +173,7 @@ def _layer_lists(layers, formats) -> dict[str, tuple[str, ...]]:
                 f'"layers" of decision {decision!r} must be a list of layer names, got {reprlib.repr(paths)}.'
             )
         if len(set(paths)) < len(paths):
-            raise ValueError(f"Layer {_first_repeated(paths)!r} is in {decision!r} twice.")
+            raise ValueError(f"Layer {first_repeated(paths)!r} is in {decision!r} twice.")
     return {k: tuple(v) for k, v in layers.items()}
 
 

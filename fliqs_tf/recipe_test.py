@@ -5,9 +5,8 @@ import os
 
 import pytest
 
-from fliqs_tf import recipe as recipe_module
 from fliqs_tf.formats import Format
-from fliqs_tf.recipe import Recipe, write_json
+from fliqs_tf.recipe import Recipe
 
 RECIPES = {
     "plain": Recipe({"conv1": "INT8", "block/conv2": "INT4"}),
@@ -97,30 +96,6 @@ def test_saving_over_a_recipe_replaces_it(tmp_path):
     assert os.listdir(tmp_path) == ["recipe.json"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    path = tmp_path / "recipe.json"
-    RECIPES["plain"].save(path)
-
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(recipe_module.os, step, no_space)
-    with pytest.raises(OSError, match="No space left"):
-        RECIPES["tied"].save(path)
-    monkeypatch.undo()
-    assert Recipe.load(path) == RECIPES["plain"]
-    assert os.listdir(tmp_path) == ["recipe.json"]
-
-
-def test_data_that_is_not_json_leaves_the_old_file(tmp_path):
-    path = tmp_path / "recipe.json"
-    RECIPES["plain"].save(path)
-    with pytest.raises(TypeError):
-        write_json(path, {"formats": object()})
-    assert Recipe.load(path) == RECIPES["plain"]
-
-
 def test_others_may_read_the_file(tmp_path):
     RECIPES["plain"].save(tmp_path / "recipe.json")
     assert (tmp_path / "recipe.json").stat().st_mode & 0o777 == 0o644
@@ -139,7 +114,7 @@ DAMAGED = {
     "cut short": (b'{"formats": {"conv1": "IN', "Unterminated string"),
     "not JSON": (b"formats: conv1", "Expecting value"),
     "two documents": (b"{%s} {}" % FORMATS.encode(), "Extra data"),
-    "not UTF-8": (b'{"formats": {"conv\xff": "INT8"}}', "utf-8"),
+    "not UTF-8": (b'{"formats": {"conv\xff": "INT8"}}', "UTF-8"),
     "binary": (bytes(range(256)), "is not a recipe"),
     "a list": (b"[]", 'an object with the key "formats"|JSON object with the key "formats"'),
     "null": (b"null", "JSON object with the key"),
@@ -151,8 +126,8 @@ DAMAGED = {
     "format is a number": (b'{"formats": {"conv1": 8}}', "Decision 'conv1': A format is given by its name, got 8"),
     "format is null": (b'{"formats": {"conv1": null}}', "Decision 'conv1': .* got None"),
     "format is a list": (b'{"formats": {"conv1": ["INT8"]}}', "Decision 'conv1'"),
-    "format is NaN": (b'{"formats": {"conv1": NaN}}', "Decision 'conv1': .* got nan"),
-    "format is infinite": (b'{"formats": {"conv1": 1e999}}', "Decision 'conv1': .* got inf"),
+    "format is NaN": (b'{"formats": {"conv1": NaN}}', "NaN is not a number of JSON"),
+    "format is infinite": (b'{"formats": {"conv1": 1e999}}', "'1e999' is too large a number"),
     "unknown format": (b'{"formats": {"conv1": "INT99"}}', "Decision 'conv1': Unknown format 'INT99'"),
     "a huge number": (b'{"formats": {"conv1": %s}}' % (b"9" * 5000), "limit"),
     "unknown tensors": (b'{%s, "tensors": "some"}' % FORMATS.encode(), '"tensors" must be one of together'),
@@ -168,7 +143,7 @@ DAMAGED = {
     "float layers are numbers": (b'{%s, "float_layers": [3]}' % FORMATS.encode(), '"float_layers" must be a list'),
     "a decision twice": (b'{"formats": {"conv1": "INT8", "conv1": "INT4"}}', "'conv1' is there twice"),
     "a key twice": (b"{%s, %s}" % (FORMATS.encode(), FORMATS.encode()), "'formats' is there twice"),
-    "nested too deeply": (b'{"formats":' + b"[" * 200_000, "nested too deeply"),
+    "nested too deeply": (b'{"formats":' + b"[" * 200_000, "nested too deeply: more than 64"),
     "a layer twice": (b'{%s, "layers": {"conv1": ["x", "x"]}}' % FORMATS.encode(), "Layer 'x' is in 'conv1' twice"),
     "a layer in two decisions": (
         b'{"formats": {"a": "INT8", "b": "INT4"}, "layers": {"a": ["x"], "b": ["x"]}}',
