@@ -6,11 +6,35 @@
     model = models.get("resnet8", input_shape=(8, 8, 1), classes=10)
 """
 
+import inspect
+
+from models.applications import (
+    efficientnet_b0,
+    efficientnet_b1,
+    efficientnet_b2,
+    efficientnet_b3,
+    efficientnet_b4,
+    inception_v3,
+    mobilenet_v2,
+)
+from models.imagenet_resnet import resnet18, resnet50
 from models.resnet import resnet8, resnet20
 
 MODELS = {
-    "resnet8": resnet8,
-    "resnet20": resnet20,
+    builder.__name__: builder
+    for builder in (
+        efficientnet_b0,
+        efficientnet_b1,
+        efficientnet_b2,
+        efficientnet_b3,
+        efficientnet_b4,
+        inception_v3,
+        mobilenet_v2,
+        resnet8,
+        resnet18,
+        resnet20,
+        resnet50,
+    )
 }
 
 
@@ -18,18 +42,23 @@ def get(name, **arguments):
     """Builds the model called `name`.
 
     Args:
-      name: one of `MODELS`.
-      **arguments: passed to the builder, e.g. `input_shape`, `classes`, `width`.
+      name: One of `MODELS`.
+      **arguments: Passed to the builder, e.g. `input_shape`, `classes`, `width`.
 
     Returns:
-      A built, uncompiled functional `tf.keras.Model` that gives logits.
+      A built, uncompiled functional `tf.keras.Model` that gives logits, with random weights.
 
     Raises:
-      ValueError: "Unknown model 'resnet9'. Known models: resnet20, resnet8."
+      ValueError: "Unknown model 'resnet9'. Known models: ..."; an argument that the builder does not have ("Model
+        'inception_v3' takes no argument 'width'. It takes: input_shape, classes."); or a value that it refuses.
     """
     if name not in MODELS:
-        raise ValueError(f"Unknown model {name!r}. Known models: {', '.join(sorted(MODELS))}.")
+        raise ValueError(f"Unknown model {name!r}. Known models: {', '.join(MODELS)}.")
+    known = inspect.signature(MODELS[name]).parameters
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(f"Model {name!r} takes no argument {argument!r}. It takes: {', '.join(known)}.")
     return MODELS[name](**arguments)
 
 
-__all__ = ["MODELS", "get", "resnet8", "resnet20"]
+__all__ = ["MODELS", "get", *MODELS]

@@ -15,9 +15,9 @@ L2 penalty; the optimizers' `weight_decay` argument is the place for it.
 Source: He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. arXiv 1512.03385.
 """
 
-from fractions import Fraction
-
 import tensorflow as tf
+
+from models.arguments import check_count, check_input_shape, scaled
 
 BASE_FILTERS = (16, 32, 64)
 # Two stages halve the image; below 4x4 the last stage would see nothing but padding.
@@ -54,14 +54,13 @@ def resnet20(input_shape=(32, 32, 3), classes=10, width=1.0):
 
 
 def _resnet(name, blocks_per_stage, input_shape, classes, width):
-    _check_input_shape(input_shape)
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
-        raise ValueError(f"classes must be a whole number of 2 or more (got {classes!r}).")
-    filters = _filters(width)
+    check_input_shape(input_shape, SMALLEST_SIDE, (32, 32, 3))
+    check_count("classes", classes, 2)
+    filters = scaled(BASE_FILTERS, width, "filters in the first stage")
     layers = tf.keras.layers
 
     image = layers.Input(input_shape, name="image")
-    x = _conv_norm(image, filters[0], 3, 1, "conv1")
+    x = conv_norm(image, filters[0], 3, 1, "conv1")
     x = layers.ReLU(name="conv1_relu")(x)
     for stage, stage_filters in enumerate(filters, start=1):
         for block in range(1, blocks_per_stage + 1):
@@ -75,17 +74,18 @@ def _resnet(name, blocks_per_stage, input_shape, classes, width):
 def _block(x, filters, strides, name):
     """relu(conv2(relu(conv1(x))) + shortcut(x))."""
     layers = tf.keras.layers
-    y = _conv_norm(x, filters, 3, strides, f"{name}_conv1")
+    y = conv_norm(x, filters, 3, strides, f"{name}_conv1")
     y = layers.ReLU(name=f"{name}_conv1_relu")(y)
-    y = _conv_norm(y, filters, 3, 1, f"{name}_conv2")
+    y = conv_norm(y, filters, 3, 1, f"{name}_conv2")
     # The filters change exactly where the stride does, so the stride alone decides.
     if strides != 1:
-        x = _conv_norm(x, filters, 1, strides, f"{name}_shortcut")
+        x = conv_norm(x, filters, 1, strides, f"{name}_shortcut")
     x = layers.Add(name=f"{name}_add")([x, y])
     return layers.ReLU(name=f"{name}_relu")(x)
 
 
-def _conv_norm(x, filters, kernel_size, strides, name):
+def conv_norm(x, filters, kernel_size, strides, name):
+    """A convolution without bias, and batch normalization."""
     layers = tf.keras.layers
     x = layers.Conv2D(
         filters,
@@ -100,38 +100,3 @@ def _conv_norm(x, filters, kernel_size, strides, name):
     # would be evaluated with averages that are still far off. These are the usual values
     # for CIFAR ResNets.
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_bn")(x)
-
-
-def _filters(width):
-    """(16, 32, 64) times `width`, as whole numbers."""
-    try:
-        exact = Fraction(width)
-    except (TypeError, ValueError, OverflowError):
-        exact = Fraction(0)
-    if isinstance(width, bool) or exact <= 0:
-        raise ValueError(f"width must be a number above 0 (got {width!r}).")
-    if (exact * BASE_FILTERS[0]).denominator != 1:
-        lower = int(exact * BASE_FILTERS[0])
-        near = [n / BASE_FILTERS[0] for n in (lower, lower + 1) if n > 0]
-        raise ValueError(
-            f"width={width} gives {float(exact * BASE_FILTERS[0]):g} filters in the first stage, "
-            f"which is not a whole number. Take a multiple of 1/{BASE_FILTERS[0]}, "
-            f"such as {' or '.join(f'{w:g}' for w in near)}."
-        )
-    return tuple(int(exact * base) for base in BASE_FILTERS)
-
-
-def _check_input_shape(shape):
-    right = (
-        isinstance(shape, (tuple, list))
-        and len(shape) == 3
-        and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
-        and min(shape[:2]) >= SMALLEST_SIDE
-        and shape[2] >= 1
-    )
-    if not right:
-        raise ValueError(
-            "input_shape must be (height, width, channels) without the batch, three whole numbers "
-            f"with height and width of {SMALLEST_SIDE} or more, such as (32, 32, 3) "
-            f"(got {shape!r})."
-        )
