@@ -1,4 +1,4 @@
-"""Small image data sets in memory, deterministic to the step and cheap to resume.
+"""Small data sets in memory, deterministic to the step and cheap to resume.
 
     data = load("cifar10", seed=0)            # train, quality (held back) and test splits
     train = train_batches(data, batch_size=128, seed=0, start_step=0, total_steps=10_000)
@@ -11,7 +11,8 @@ is stored in a checkpoint.
 Images come out as float32 with zero mean and unit variance per channel. The constants are those
 of the whole stored training split, before the quality split is taken out of it, so they depend
 neither on the seed nor on `holdout`. Augmentation works on raw pixels: what a shift uncovers is
-black. The test split is for the final evaluation only; rewards come from the quality split.
+black. Characters of a text come out as int32, see `text.py`. The test split is for the final
+evaluation only; rewards come from the quality split.
 """
 
 import dataclasses
@@ -21,9 +22,12 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-# Name -> augmentation: the largest shift in pixels, and whether images may be mirrored
+from binaries import text
+
+# Image data sets; name -> augmentation: the largest shift in pixels, and whether images may be mirrored
 # (a mirrored digit is another character, a mirrored shoe points the other way than all others).
 AUGMENTATION = {"digits": (1, False), "fashion_mnist": (2, False), "cifar10": (4, True)}
+NAMES = (*AUGMENTATION, "shakespeare")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,6 +72,32 @@ class Data:
             raise ValueError(f"Unknown split {name!r}. Known splits: train, quality, test.")
         return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
 
+    def examples(self, split):
+        """Number of examples in "train", "quality" or "test"."""
+        return len(self.split(split)[1])
+
+    def reader(self, split, augment):
+        """(index [batch], seed [2]) -> (images float32 [batch, *input_shape], labels int64 [batch])."""
+        images, labels = self.split(split)
+        height, width, channels = self.input_shape
+        with tf.device("CPU"):
+            stored, labels = tf.constant(images), tf.constant(labels)
+        if not augment:
+            return lambda index, seed: (self.normalize(tf.gather(stored, index)), tf.gather(labels, index))
+        pixels = _pixel_table(images)
+
+        def augmented(index, seed):
+            batch_size = index.shape[0]
+            draws = tf.random.stateless_uniform([3, batch_size], seed)
+            span = 2 * self.shift + 1
+            down, right = tf.unstack(tf.cast(draws[:2] * span, tf.int32) - self.shift)
+            mirrored = (draws[2] < 0.5) if self.flip else tf.zeros([batch_size], tf.bool)
+            batch = shifted_images(pixels, index, down, right, mirrored, (height, width))
+            batch = tf.ensure_shape(batch, [batch_size, height, width, channels])
+            return self.normalize(batch), tf.gather(labels, index)
+
+        return augmented
+
     def normalize(self, images):
         """uint8 [batch, height, width, channels] -> float32, zero mean and unit variance per channel."""
         # On a CPU, broadcasting along an inner dimension of 3 takes five times as long as along a row of pixels.
@@ -82,32 +112,36 @@ def load(name, data_dir=None, seed=0, holdout=0.1):
 
     Args:
       name: "digits" (scikit-learn's 1,797 images of 8x8, split 80/20 into train and test, the
-        same way for every seed), "fashion_mnist" or "cifar10" (TFDS).
-      data_dir: where TFDS keeps its data; None for its default, ~/tensorflow_datasets.
-        Not used for digits.
+        same way for every seed), "fashion_mnist" or "cifar10" (TFDS), "shakespeare" (characters).
+      data_dir: where TFDS keeps its data, None for its default, ~/tensorflow_datasets; for shakespeare where
+        the archive is. Not used for digits.
       seed: chooses which examples are held back.
       holdout: the share of each class of the training split to hold back, at least 0 and below 1; 0 for none.
 
     Returns:
-      A `Data`.
+      A `Data`, or a `text.Text`.
 
     Raises:
       ValueError: unknown name, or a holdout that leaves a split empty.
       FileNotFoundError: the data set is not in `data_dir`; says how to prepare it.
       ImportError: the package that reads the data set is missing; says how to install it.
     """
-    if name not in AUGMENTATION:
-        raise ValueError(f"Unknown data set {name!r}. Known data sets: {', '.join(AUGMENTATION)}.")
+    if name not in NAMES:
+        raise ValueError(f"Unknown data set {name!r}. Known data sets: {', '.join(NAMES)}.")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout must be at least 0 and below 1 (got {holdout}).")
+    if name == "shakespeare":
+        return text.Text(
+            name=name,
+            **text.windows(
+                text.read_shakespeare(data_dir),
+                text.CONTEXT,
+                lambda count: _held_back(np.zeros(count, int), holdout, seed, name),
+            ),
+        )
     read = _read_digits if name == "digits" else _read_tfds
     (images, labels), (test_images, test_labels) = read(name, data_dir)
-    kept, held = stratified_split(labels, holdout, seed)
-    if not len(kept) or (holdout and not len(held)):
-        raise ValueError(
-            f"holdout={holdout} of the {len(labels)} training examples of {name} leaves {len(kept)} for "
-            f"training and {len(held)} for quality; both need some."
-        )
+    kept, held = _held_back(labels, holdout, seed, name)
     mean, std = _mean_and_std(images)
     shift, flip = AUGMENTATION[name]
     return Data(
@@ -126,6 +160,16 @@ def load(name, data_dir=None, seed=0, holdout=0.1):
         shift=shift,
         flip=flip,
     )
+
+
+def _held_back(labels, holdout, seed, name):
+    kept, held = stratified_split(labels, holdout, seed)
+    if not len(kept) or (holdout and not len(held)):
+        raise ValueError(
+            f"holdout={holdout} of the {len(labels)} training examples of {name} leaves {len(kept)} for "
+            f"training and {len(held)} for quality; both need some."
+        )
+    return kept, held
 
 
 def stratified_split(labels, share, seed):
@@ -149,21 +193,21 @@ def train_batches(data, *, batch_size, seed, start_step, total_steps, augment=Tr
     ones in every epoch) are left out.
 
     Args:
-      data: a `Data`.
+      data: a `Data` or a `text.Text`.
       batch_size: examples per batch.
       seed: of the order and the augmentation.
       start_step: the first step to give, 0 at the start of a run.
       total_steps: the number of steps of the whole run.
-      augment: whether to shift, and for CIFAR-10 mirror, the images at random.
+      augment: whether to shift, and for CIFAR-10 mirror, images at random.
 
     Returns:
       A finite `tf.data.Dataset` of (images float32 [batch_size, height, width, channels],
-      labels int64 [batch_size]).
+      labels int64 [batch_size]), or of characters, see `text.Text.reader`.
 
     Raises:
       ValueError: more examples per batch than there are, or steps in the wrong order.
     """
-    examples = len(data.train_labels)
+    examples = data.examples("train")
     if not 1 <= batch_size <= examples:
         raise ValueError(
             f"batch_size must be 1 to {examples}, the training examples of {data.name} (got {batch_size})."
@@ -171,27 +215,13 @@ def train_batches(data, *, batch_size, seed, start_step, total_steps, augment=Tr
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must be 0 to total_steps={total_steps} (got {start_step}).")
     steps_per_epoch = examples // batch_size
-    height, width, channels = data.input_shape
     seed = tf.constant(seed, tf.int64)
-    pixels = _pixel_table(data.train_images)
-    with tf.device("CPU"):
-        labels = tf.constant(data.train_labels)
+    read = data.reader("train", augment)
 
     def batch(step):
         epoch, position = step // steps_per_epoch, step % steps_per_epoch
         slots = position * batch_size + tf.range(batch_size, dtype=tf.int64)
-        index = _shuffled(slots, tf.stack([seed, epoch]), examples)
-        if augment:
-            draws = tf.random.stateless_uniform([3, batch_size], tf.stack([seed, step]))
-            span = 2 * data.shift + 1
-            down, right = tf.unstack(tf.cast(draws[:2] * span, tf.int32) - data.shift)
-            mirrored = (draws[2] < 0.5) if data.flip else tf.zeros([batch_size], tf.bool)
-        else:
-            down = right = tf.zeros([batch_size], tf.int32)
-            mirrored = tf.zeros([batch_size], tf.bool)
-        images = shifted_images(pixels, index, down, right, mirrored, (height, width))
-        images = tf.ensure_shape(images, [batch_size, height, width, channels])
-        return data.normalize(images), tf.gather(labels, index)
+        return read(_shuffled(slots, tf.stack([seed, epoch]), examples), tf.stack([seed, step]))
 
     return _pipeline(tf.data.Dataset.range(start_step, total_steps), batch)
 
@@ -211,19 +241,17 @@ def quality_batches(data, batch_size, seed, start_batch=0):
         raise ValueError(
             f"batch_size must be 1 or more and start_batch 0 or more (got {batch_size} and {start_batch})."
         )
-    examples = len(data.quality_labels)
+    examples = data.examples("quality")
     if not examples:
         raise ValueError("Nothing is held back for quality: load the data with a holdout above 0, such as 0.1.")
     seed = tf.constant(seed, tf.int64)
-    with tf.device("CPU"):
-        images, labels = tf.constant(data.quality_images), tf.constant(data.quality_labels)
+    read = data.reader("quality", augment=False)
 
     def batch(k):
         slots = k * batch_size + tf.range(batch_size, dtype=tf.int64)
         # A batch may end one pass and begin the next: each example has its own pass's seed.
         seeds = tf.stack([tf.fill([batch_size], seed), slots // examples], axis=1)
-        index = _shuffled(slots % examples, seeds, examples)
-        return data.normalize(tf.gather(images, index)), tf.gather(labels, index)
+        return read(_shuffled(slots % examples, seeds, examples), None)
 
     return _pipeline(tf.data.Dataset.counter(start_batch), batch)
 
@@ -243,15 +271,14 @@ def eval_batches(data, split, batch_size):
     Returns:
       A finite `tf.data.Dataset` of (images, labels) as `train_batches` gives them.
     """
-    images, labels = data.split(split)
+    examples = data.examples(split)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more (got {batch_size}).")
-    batch_size = even_batch_size(len(labels), batch_size)
-    with tf.device("CPU"):
-        slices = tf.data.Dataset.from_tensor_slices((images, labels))
+    batch_size = even_batch_size(examples, batch_size)
+    read = data.reader(split, augment=False)
     # As many examples as fill whole batches give static shapes only if nothing is left over.
-    batches = slices.batch(batch_size, drop_remainder=len(labels) % batch_size == 0)
-    return _pipeline(batches, lambda images, labels: (data.normalize(images), labels))
+    batches = tf.data.Dataset.range(examples).batch(batch_size, drop_remainder=examples % batch_size == 0)
+    return _pipeline(batches, lambda index: read(index, None))
 
 
 def even_batch_size(examples, batch_size):

@@ -35,10 +35,11 @@ def main(argv):
         recipe = fliqs_tf.Recipe.load(FLAGS.recipe) if FLAGS.recipe else None
         if FLAGS.model_file:
             model = keras.models.load_model(FLAGS.model_file, compile=False)
-            rows.append({"name": FLAGS.model_file, "accuracy": settings.test_accuracy(model, data), **_costs(model)})
+            rows.append({"name": FLAGS.model_file, **settings.test_scores(model, data), **_costs(model)})
         if recipe is not None:
             model = fliqs_tf.apply(settings.build_network(data), recipe)
-            rows.append({"name": FLAGS.recipe, "accuracy": recipe.info.get("accuracy"), **_costs(model)})
+            scores = {key: recipe.info.get(key) for key in ("accuracy", "bits_per_character")}
+            rows.append({"name": FLAGS.recipe, **scores, **_costs(model)})
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     tables.print_tables(

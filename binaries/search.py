@@ -58,9 +58,10 @@ def main(argv):
     run = RunDir(
         FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search", resume=FLAGS.resume, overwrite=FLAGS.overwrite
     )
-    steps_per_epoch = len(data.train_labels) // FLAGS.batch_size
+    examples = data.examples("train")
+    steps_per_epoch = examples // FLAGS.batch_size
     if steps_per_epoch == 0:
-        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {len(data.train_labels)} training examples.")
+        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
     total = steps_per_epoch * FLAGS.epochs
     model = build(data, total)
     write_json(run / "flags.json", settings.flag_values())
@@ -157,7 +158,7 @@ def summarize(model, data, total: int) -> dict:
     cost = fliqs_tf.costs.NAMES[FLAGS.cost]
     recipe = model.recipe()
     final = model.deploy()
-    accuracy = settings.test_accuracy(final, data)
+    scores = settings.test_scores(final, data)
     reference = [_reference(pathlib.Path(path)) for path in FLAGS.references]
     examples = datasets.train_batches(data, batch_size=250, seed=FLAGS.seed, start_step=0, total_steps=32)
     for fmt in _uniform_formats(model):
@@ -165,7 +166,7 @@ def summarize(model, data, total: int) -> dict:
         reference.append(
             {
                 "name": f"uniform {fmt}, shared weights",
-                "accuracy": settings.test_accuracy(model.deploy(uniform, calibration_data=examples), data),
+                **settings.test_scores(model.deploy(uniform, calibration_data=examples), data),
                 "cost": cost(model, uniform),
             }
         )
@@ -189,7 +190,7 @@ def summarize(model, data, total: int) -> dict:
         "cost": cost(model, recipe),
         "cost_unit": cost.unit,
         "target_cost": model.target_cost,
-        "accuracy": accuracy,
+        **scores,
         "reference": reference,
         "steps": total,
         "seed": FLAGS.seed,
@@ -211,7 +212,8 @@ def _uniform_formats(model) -> list[str]:
 def _reference(path: pathlib.Path) -> dict:
     try:
         result = json.loads((path / "result.json").read_text())
-        return {key: result[key] for key in ("name", "accuracy", "cost")}
+        kept = {key: result[key] for key in ("name", "accuracy", "cost")}
+        return {**kept, **{key: result[key] for key in ("bits_per_character",) if key in result}}
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"--references: {path} is not a finished run of train.py ({error!r}).")
 
@@ -225,7 +227,7 @@ def finish(run: RunDir, results: dict) -> None:
     tables.print_tables(
         tables.layers_table(info["layers_table"], cost_unit=info["cost_unit"]),
         tables.results_table(
-            [{"name": "searched", "accuracy": info["accuracy"], "cost": info["cost"]}, *info["reference"]],
+            [{**info, "name": "searched"}, *info["reference"]],
             cost_unit=info["cost_unit"],
             target=info["target_cost"],
         ),

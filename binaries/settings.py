@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import tensorflow as tf
@@ -13,8 +14,10 @@ from fliqs_tf._keras import keras
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_enum("dataset", "digits", sorted(datasets.AUGMENTATION), "Data set.")
-flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps fashion_mnist and cifar10.")
+flags.DEFINE_enum("dataset", "digits", sorted(datasets.NAMES), "Data set.")
+flags.DEFINE_string(
+    "data_dir", None, "Where TensorFlow Datasets keeps its data; for shakespeare the directory of its archive."
+)
 flags.DEFINE_string("model", "resnet8", "Network; an unknown name lists the known ones.")
 flags.DEFINE_float("width", 1.0, "Multiplier of the network's filters.")
 flags.DEFINE_integer("batch_size", 64, "Examples per training step.", lower_bound=1)
@@ -31,6 +34,7 @@ def define_training_flags() -> None:
     flags.DEFINE_integer("checkpoint_every_steps", 1000, "Steps between checkpoints.", lower_bound=1)
     flags.DEFINE_integer("epochs", 60, "Passes over the training data.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 0.1, "Peak rate; it falls to 0 by a cosine.", lower_bound=0)
+    flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "Stochastic gradient descent with momentum, or AdamW.")
     flags.DEFINE_float("weight_decay", 5e-4, "Decoupled weight decay.", lower_bound=0)
 
 
@@ -41,7 +45,7 @@ def set_up_process() -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-def load_data() -> datasets.Data:
+def load_data() -> datasets.Data | datasets.text.Text:
     """The data set of the flags; a missing one ends the program with how to prepare it."""
     try:
         return datasets.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed, FLAGS.holdout)
@@ -49,20 +53,24 @@ def load_data() -> datasets.Data:
         sys.exit(str(error))
 
 
-def build_network(data: datasets.Data) -> keras.Model:
+def build_network(data) -> keras.Model:
     """The float network of the flags."""
+    # Not every network has a width.
+    width = {"width": FLAGS.width} if FLAGS.width != 1 else {}
     try:
-        return models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, width=FLAGS.width)
+        return models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, **width)
     except ValueError as error:
         sys.exit(str(error))
 
 
 def optimizer(total_steps: int) -> keras.optimizers.Optimizer:
-    """Stochastic gradient descent with momentum, its rate falling to 0 by a cosine."""
+    """That of --optimizer, its rate falling to 0 by a cosine after a warm-up."""
     warm_up = max(1, total_steps // 20)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, total_steps - warm_up, warmup_target=FLAGS.learning_rate, warmup_steps=warm_up
     )
+    if FLAGS.optimizer == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=FLAGS.weight_decay, beta_2=0.99)
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=FLAGS.weight_decay or None)
 
 
@@ -71,10 +79,14 @@ def loss() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def test_accuracy(model: keras.Model, data: datasets.Data) -> float:
-    """Accuracy on the test split."""
+def test_scores(model: keras.Model, data) -> dict[str, float]:
+    """On the test split: "accuracy", and for text "bits_per_character", the cross entropy to base 2."""
     model.compile(loss=loss(), metrics=["accuracy"], jit_compile=False)
-    return float(model.evaluate(datasets.eval_batches(data, "test", 250), verbose=0, return_dict=True)["accuracy"])
+    logs = model.evaluate(datasets.eval_batches(data, "test", 250), verbose=0, return_dict=True)
+    scores = {"accuracy": float(logs["accuracy"])}
+    if isinstance(data, datasets.text.Text):
+        scores["bits_per_character"] = float(logs["loss"]) / math.log(2)
+    return scores
 
 
 def flag_values() -> dict:

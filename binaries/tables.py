@@ -68,7 +68,7 @@ def results_table(rows, cost_unit="", target=None):
     """Accuracy and cost of recipes side by side.
 
     Args:
-      rows: dicts with `name`, `accuracy` (0..1) and `cost`; None where not known.
+      rows: dicts with `name`, `accuracy` (0..1), `cost` and, for text, `bits_per_character`; None where not known.
       cost_unit: such as "GBOPs".
       target: the cost that the search aimed at, shown under the table; None for none.
 
@@ -81,12 +81,19 @@ def results_table(rows, cost_unit="", target=None):
     table = _table(caption=caption, caption_justify="left")
     table.add_column("", overflow="fold")
     table.add_column("accuracy", **_NUMBER)
+    has_bits = any(row.get("bits_per_character") is not None for row in rows)
+    if has_bits:
+        table.add_column("bits/char", **_NUMBER)
     table.add_column(f"cost ({cost_unit})" if cost_unit else "cost", **_NUMBER)
     if base:
         table.add_column(rich.text.Text(f"cost / {base['name'].partition(',')[0]}"), justify="right")
     for row in rows:
         cost = row.get("cost")
-        cells = [row["name"], _percent(row.get("accuracy")), _cost(cost)]
+        cells = [row["name"], _percent(row.get("accuracy"))]
+        if has_bits:
+            bits = row.get("bits_per_character")
+            cells.append(_NONE if bits is None else f"{bits:.3f}")
+        cells.append(_cost(cost))
         if base:
             cells.append(_NONE if cost is None else f"{cost / base['cost']:.3f}")
         _add_row(table, *cells)

@@ -43,9 +43,10 @@ def main(argv):
         resume=FLAGS.resume,
         overwrite=FLAGS.overwrite,
     )
-    steps_per_epoch = len(data.train_labels) // FLAGS.batch_size
+    examples = data.examples("train")
+    steps_per_epoch = examples // FLAGS.batch_size
     if steps_per_epoch == 0:
-        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {len(data.train_labels)} training examples.")
+        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
     total = steps_per_epoch * FLAGS.epochs
     model.compile(settings.optimizer(total), settings.loss(), metrics=["accuracy"], jit_compile=False)
     write_json(run / "flags.json", settings.flag_values())
@@ -54,7 +55,7 @@ def main(argv):
     cost = fliqs_tf.costs.NAMES[FLAGS.cost]
     result = {
         "name": name,
-        "accuracy": settings.test_accuracy(model, data),
+        **settings.test_scores(model, data),
         "cost": cost(model, None if name != "float" else "FP32"),
         "cost_unit": cost.unit,
         "steps": total,

@@ -7,7 +7,7 @@ or metrics, so that a run that was stopped can be looked at too):
 
 * `recipe.json`: {"formats": {decision: format}, "cost", "cost_unit", "target_cost", "accuracy", "reference": [{"name",
   "accuracy", "cost"}], "layers_table": [{"name", "macs", "weights", "weight_format", "activation_format", "cost",
-  "decision"}], "seed", "versions", "flags"}.
+  "decision"}], "seed", "versions", "flags"}; for text also "bits_per_character" beside "accuracy".
 * `metrics.jsonl`: a JSON object per line with "step" and readings (see `pictures.curves_figure`); some also have
   "probabilities": {decision: [p, ...]}.
 * `decisions.json`: [{"name": decision, "options": [format, ...]}].
@@ -237,20 +237,21 @@ def _headline(recipe, layers):
 
 def _results(recipe):
     """The recipe found, and what it is compared with."""
-    found = {"name": "found by the search", "accuracy": recipe.get("accuracy"), "cost": recipe.get("cost")}
-    rows = [*recipe.get("reference", []), found]
+    rows = [*recipe.get("reference", []), {**recipe, "name": "found by the search"}]
+    has_bits = any(row.get("bits_per_character") is not None for row in rows)
     base = comparison_base(rows)
     cells = [
         [
             row["name"],
             _percent(row.get("accuracy")),
+            *([_number(row.get("bits_per_character"))] if has_bits else []),
             _number(row.get("cost")),
             f"{row['cost'] / base['cost']:.3f}" if base and row.get("cost") is not None else "–",
         ]
         for row in rows
     ]
     unit = recipe.get("cost_unit", "")
-    header = ["", "accuracy", f"cost ({unit})" if unit else "cost"]
+    header = ["", "accuracy", *(["bits per character"] if has_bits else []), f"cost ({unit})" if unit else "cost"]
     header.append(f"cost / {base['name'].partition(',')[0]}" if base else "")
     return _table(header, cells, 1, strong=len(cells) - 1)
 

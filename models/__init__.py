@@ -19,15 +19,20 @@ from models.applications import (
 )
 from models.imagenet_resnet import resnet18, resnet50
 from models.resnet import resnet8, resnet20
+from models.transformers import deit_base, deit_small, deit_tiny, gpt
 
 MODELS = {
     builder.__name__: builder
     for builder in (
+        deit_tiny,
+        deit_small,
+        deit_base,
         efficientnet_b0,
         efficientnet_b1,
         efficientnet_b2,
         efficientnet_b3,
         efficientnet_b4,
+        gpt,
         inception_v3,
         mobilenet_v2,
         resnet8,
