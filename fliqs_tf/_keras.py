@@ -79,3 +79,36 @@ def substituted(layer, attribute: str, tensor):
             yield
         finally:
             object.__setattr__(layer, attribute, variable)
+
+
+def weights_of_attributes(layer) -> list:
+    """The weights of a layer without those of the layers that it holds."""
+    if IS_KERAS_3:
+        return [*layer._trainable_variables, *layer._non_trainable_variables]
+    return [*layer._trainable_weights, *layer._non_trainable_weights]
+
+
+def replace_held(owner, attribute: str, value, replaced) -> None:
+    """Sets `owner.<attribute>` of a built layer, in its place among the attributes.
+
+    Args:
+      owner, attribute: The layer and the name of its attribute.
+      value: What the attribute is to be: a layer, or a list, tuple or dict with layers.
+      replaced: [(layer before, layer now)] of the layers that differ.
+    """
+    if IS_KERAS_3:
+        tracker = owner._tracker
+        locked = tracker.locked
+        tracker.unlock()
+        for before, now in replaced:
+            if tracker.is_in_store("layers", before):
+                tracker.replace_tracked_value("layers", before, now)
+        setattr(owner, attribute, value)
+        if locked:
+            tracker.lock()
+    else:
+        order = list(vars(owner))
+        setattr(owner, attribute, value)
+        # It took the attribute away and put it at the end.
+        for name in order:
+            vars(owner)[name] = vars(owner).pop(name)

@@ -5,16 +5,21 @@ A MAC is one multiply-add. Counts are per example. Biases, normalization and pro
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Iterator
 
 import tensorflow as tf
 
-from fliqs_tf._keras import keras
+from fliqs_tf._keras import keras, weights_of_attributes
 
 _LAYERS = keras.layers
+# Their layers run in loops, or with weights that are not their own: what they compute cannot be read off their calls.
+_CLOSED = (_LAYERS.RNN, _LAYERS.TimeDistributed, _LAYERS.SpectralNormalization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +75,14 @@ _KERNELS = {
 
 
 def _macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
-    """MACs of one call, from the shapes of its input and output without the batch axis."""
+    """MACs of one call, from the shapes of its input and output."""
     if isinstance(layer, _LAYERS.EinsumDense):
         kernel, output = layer.equation.replace(" ", "").split(",")[1].split("->")
         contracted = [size for label, size in zip(kernel, layer.kernel.shape) if label not in output]
         return math.prod(outputs) * math.prod(contracted)
     if isinstance(layer, _LAYERS.Dense):
         return math.prod(outputs) * inputs[-1]
-    channels_first = layer.data_format == "channels_first"
-    in_channels = inputs[0] if channels_first else inputs[-1]
+    in_channels = inputs[1] if layer.data_format == "channels_first" else inputs[-1]
     window = math.prod(layer.kernel_size)
     if isinstance(layer, _LAYERS.Conv2DTranspose):
         return math.prod(inputs) * window * layer.filters
@@ -91,31 +95,96 @@ def _macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
 
 
 def is_network(layer: keras.layers.Layer) -> bool:
-    """True for a Functional or Sequential model, whose layers can be replaced; a subclassed model is one layer."""
-    return isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
+    """True for a Functional or Sequential model: a graph of layers. Other layers that hold layers are composite."""
+    return isinstance(layer, keras.Sequential) or (
+        isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
+    )
 
 
-def walk(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of every layer of a model, into nested models, each layer once, in the model's order."""
+def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
+    """(name, layer) of the layers that a layer is directly made of, [] for one that stands for itself.
+
+    The layers of a network go by their names. A composite layer holds its layers in attributes, or in lists, tuples and
+    dicts there; they go by their names if these were given and are unique, else by where they are held: "blocks/3".
+    """
+    layer = inside(layer)
+    if is_network(layer):
+        root = composite_root(layer)
+        return [(child.name, child) for child in layer.layers] if root is None else children(root)
+    if hasattr(layer, "quantized_layer") or kernels(layer) or isinstance(layer, _CLOSED):
+        return []
+    found = [pair for attribute, value in holders(layer) for pair in held(attribute, value)]
+    given = collections.Counter(child.name for child in {id(child): child for _, child in found}.values())
+    return [(place if given[child.name] > 1 or _is_automatic(child) else child.name, child) for place, child in found]
+
+
+def holders(layer: keras.layers.Layer) -> list[tuple[str, object]]:
+    """(name, value) of the attributes of a composite layer that may hold layers."""
+    names = [name for name in vars(layer) if name not in _keras_attributes() and not name.startswith("_self_")]
+    return [(name, getattr(layer, name)) for name in names]
+
+
+def composite_root(network: keras.Model) -> keras.layers.Layer | None:
+    """The composite layer of the network's own name that is all there is to it, None for another network."""
+    layers = [layer for layer in network.layers if not isinstance(layer, _LAYERS.InputLayer)]
+    if len(layers) == 1 and layers[0].name == network.name and not is_network(layers[0]) and children(layers[0]):
+        return inside(layers[0])
+    return None
+
+
+def held(place: str, value) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(place, layer) of the layers in the value of an attribute."""
+    if isinstance(value, keras.layers.Layer):
+        if not isinstance(value, keras.metrics.Metric):  # a layer in tf_keras
+            yield place, value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from held(f"{place}/{key}", entry)
+    elif isinstance(value, (list, tuple)):
+        for index, entry in enumerate(value):
+            yield from held(f"{place}/{index}", entry)
+
+
+@functools.cache
+def _keras_attributes() -> frozenset[str]:
+    """Names of the attributes that every layer or model has."""
+    return frozenset({*vars(keras.layers.Layer()), *vars(keras.Model())})
+
+
+def _is_automatic(layer) -> bool:
+    """True if the name is one that Keras gives: the class and a number that depends on what was made before."""
+    layer = inside(layer)
+    stem = re.sub(r"_\d+$", "", layer.name).replace("_", "").removeprefix("private")
+    classes = ("functional", "model") if is_network(layer) else ()
+    return stem in (type(layer).__name__.replace("_", "").lower(), *classes)
+
+
+def walk(model: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of every layer of a model or layer but networks, each once, in the model's order.
+
+    Goes into nested networks and composite layers; a composite layer comes before what it is made of. A network that is
+    nothing but one composite layer of its own name adds nothing to the paths: "dense", not "net/dense".
+    """
     seen = set()
 
-    def visit(model, prefix):
-        for layer in model.layers:
-            if id(layer) in seen:
+    def visit(layer, prefix):
+        for name, child in children(layer):
+            if id(child) in seen:
                 continue
-            seen.add(id(layer))
-            if is_network(layer):
-                yield from visit(layer, f"{prefix}{layer.name}/")
-            else:
-                yield f"{prefix}{layer.name}", layer
+            seen.add(id(child))
+            path = f"{prefix}{name}"
+            if not is_network(child):
+                yield path, child
+            yield from visit(child, f"{path}/")
 
-    return visit(model, prefix)
+    return visit(model, "")
 
 
 def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
     """Every layer with a kernel, in the model's order, with its MACs and weights.
 
-    The model is called once, symbolically, and each layer is counted with the shapes that reach it, at every call.
+    The model is called once, symbolically, on one example, and each layer is counted with the shapes that reach it, at
+    every call: also where a model folds parts of an example into the batch axis.
 
     Args:
       model: A built model.
@@ -125,7 +194,7 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
     Raises:
       ValueError: The model is not built, or leaves a size open and no `input_shape` is given.
     """
-    found = [(path, layer) for path, layer in walk(model) if kernels(_unwrapped(layer))]
+    found = [(path, layer) for path, layer in walk(model) if kernels(inside(layer))]
     with _recording([layer for _, layer in found]) as calls:
         specs = _input_specs(model, input_shape)
         tf.function(lambda *inputs: model(_like_inputs(model, inputs), training=False)).get_concrete_function(*specs)
@@ -137,24 +206,24 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
             sum(math.prod(getattr(layer, k.attribute).shape) for k in kernels(layer)),
         )
         for path, called in found
-        for layer in (_unwrapped(called),)
+        for layer in (inside(called),)
     ]
 
 
-def _unwrapped(layer):
-    """The layer inside a quantized one; other wrappers (TimeDistributed) stay what they are."""
-    return getattr(layer, "quantized_layer", layer)
+def inside(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The layer inside one of this package's wrappers; others (TimeDistributed) stay what they are."""
+    return getattr(layer, "quantized_layer", getattr(layer, "composite_layer", layer))
 
 
 @contextlib.contextmanager
 def _recording(layers):
-    """Within it each call of a layer appends its (input, output) shapes, without the batch axis."""
+    """Within it each call of a layer appends its (input, output) shapes."""
     calls = {id(layer): [] for layer in layers}
 
     def recorder(layer, call):
         def recorded(inputs, *args, **kwargs):
             outputs = call(inputs, *args, **kwargs)
-            calls[id(layer)].append((tuple(inputs.shape[1:]), tuple(outputs.shape[1:])))
+            calls[id(layer)].append((tuple(inputs.shape), tuple(outputs.shape)))
             return outputs
 
         return recorded
@@ -204,5 +273,13 @@ def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
     return [
         (path, layer)
         for path, layer in walk(model)
-        if not kernels(layer) and not hasattr(layer, "quantized_layer") and any(len(w.shape) > 1 for w in layer.weights)
+        if not kernels(layer)
+        and not hasattr(layer, "quantized_layer")
+        and any(len(w.shape) > 1 for w in own_weights(inside(layer)))
     ]
+
+
+def own_weights(layer: keras.layers.Layer) -> list:
+    """The weights of a layer without those of its `children`."""
+    layer = getattr(layer, "composite_layer", layer)
+    return weights_of_attributes(layer) if children(layer) else layer.weights

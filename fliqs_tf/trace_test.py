@@ -144,19 +144,60 @@ def test_nested_models_have_paths_and_every_call_counts():
     }
 
 
-def test_a_subclassed_model_is_one_layer():
-    class Block(keras.Model):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.dense = L.Dense(3)
+class Held(keras.Model):
+    """Layers in every kind of place, one of them in two."""
 
-        def call(self, x):
-            return self.dense(x)
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = L.Dense(3)
+        self.second = L.Dense(3, name="given")
+        self.listed = [L.Dense(3), [L.Dense(3, name="twice"), L.Dense(3, name="twice")]]
+        self.named = {"left": (L.Dense(3), L.ReLU()), "right": self.first}
+        self.inner = keras.Sequential([L.Dense(3, name="fc")], name="inner")
 
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, L.Dense(2, name="out")(Block(name="block")(inputs)))
-    assert counted(model) == {"out": (6, 6)}
-    assert [path for path, _ in trace.left_in_float(model)] == ["block"]
+    def call(self, x):
+        for layer in (self.first, self.second, self.listed[0], *self.listed[1], *self.named["left"], self.inner):
+            x = layer(x)
+        return self.named["right"](x)
+
+
+HELD = ["first", "given", "listed/0", "listed/1/0", "listed/1/1", "named/left/0", "inner/fc"]
+
+
+def test_layers_that_a_layer_holds_go_by_given_names_or_by_where_they_are():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, L.Dense(2, name="out")(Held(name="block")(inputs)), name="net")
+    calls = {path: 2 if path == "first" else 1 for path in HELD}
+    assert counted(model) == {**{f"block/{path}": (9 * n, 9) for path, n in calls.items()}, "out": (6, 6)}
+
+
+def test_a_network_that_is_nothing_but_one_layer_adds_nothing_to_paths():
+    inputs = keras.Input((3,))
+    alone = keras.Model(inputs, Held(name="net")(inputs), name="net")
+    assert list(counted(alone)) == HELD
+    assert [path for path, _ in trace.quantizable(Held())] == HELD
+
+
+def attention(**options):
+    inputs, memory = keras.Input((197, 6)), keras.Input((50, 4))
+    return keras.Model([inputs, memory], L.MultiHeadAttention(2, 3, name="attention", **options)(inputs, memory))
+
+
+def test_attention_counts_its_projections_at_every_token():
+    assert counted(attention(value_dim=5, output_shape=7)) == {
+        "attention/query": (197 * 6 * 2 * 3, 6 * 2 * 3),
+        "attention/key": (50 * 4 * 2 * 3, 4 * 2 * 3),
+        "attention/value": (50 * 4 * 2 * 5, 4 * 2 * 5),
+        "attention/attention_output": (197 * 2 * 5 * 7, 2 * 5 * 7),
+    }
+
+
+def test_examples_that_became_rows_count_as_parts_of_an_example():
+    """A window attention folds its windows into the batch axis."""
+    inputs = keras.Input((8, 6))
+    windows = L.Lambda(lambda x: tf.reshape(x, (-1, 2, 6)))(inputs)
+    model = keras.Model(inputs, L.Dense(5, name="fc")(windows))
+    assert counted(model) == {"fc": (8 * 6 * 5, 6 * 5)}
 
 
 def test_sequential_models():
@@ -199,19 +240,14 @@ def test_layers_that_multiply_but_are_not_known_are_listed():
     inputs = keras.Input((7,), dtype="int32")
     x = L.Embedding(10, 4, name="embedding")(inputs)
     x = L.LSTM(4, return_sequences=True, name="lstm", trainable=False)(x)
-    x = L.MultiHeadAttention(2, 2, name="attention")(x, x)
     x = L.LayerNormalization(name="norm")(x)
     x = L.TimeDistributed(L.Dense(4), name="distributed")(x)
     x = L.BatchNormalization(name="bn")(L.Dropout(0.1)(L.ReLU()(x)))
     model = keras.Model(inputs, L.Dense(2, name="fc")(x))
-    assert [path for path, _ in trace.left_in_float(model)] == ["embedding", "lstm", "attention", "distributed"]
+    in_float = ["embedding", "lstm", "distributed"]
+    assert [path for path, _ in trace.left_in_float(model)] == in_float
     assert [path for path, _ in trace.quantizable(model)] == ["fc"]
-    assert [path for path, _ in trace.left_in_float(wrapping.quantized_network(model, ["INT4", "INT8"]))] == [
-        "embedding",
-        "lstm",
-        "attention",
-        "distributed",
-    ]
+    assert [path for path, _ in trace.left_in_float(wrapping.quantized_network(model, ["INT4", "INT8"]))] == in_float
 
 
 def test_tracing_leaves_the_model_as_it_was():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fliqs_tf import trace
+from fliqs_tf import composite, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.quantized import Quantized
@@ -82,16 +82,11 @@ class _Plan:
     activation_decision: str
     quantize_input: bool
 
-    def wrap(self, layer) -> Quantized:
-        return Quantized(
-            layer,
-            self.space,
-            self.space if self.quantize_input else None,
-            self.weight_decision,
-            self.activation_decision,
-            name=layer.name,
-            dtype=layer.dtype_policy,
-        )
+    def arguments(self) -> dict:
+        """Of `Quantized`, without the layer."""
+        menu = list(self.space.names)
+        values = (menu, menu if self.quantize_input else None, self.weight_decision, self.activation_decision)
+        return dict(zip(composite.ARGUMENTS, values))
 
 
 def quantized_network(model, space, rules=(), granularity="layer", tensors="together") -> keras.Model:
@@ -99,8 +94,7 @@ def quantized_network(model, space, rules=(), granularity="layer", tensors="toge
     layers = _layers_to_quantize(model)
     plans = _plans([path for path, _ in layers], Space(space), _as_rules(rules), granularity, tensors)
     _log_left_in_float(model)
-    by_id = {id(layer): plans[path] for path, layer in layers if path in plans}
-    return _clone(model, lambda layer, copy: by_id[id(layer)].wrap(copy) if id(layer) in by_id else copy)
+    return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans})
 
 
 def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
@@ -123,39 +117,26 @@ def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
         recipe = Recipe({path: Format(recipe).name for path in paths})
     decided = recipe.of_layers()
     Recipe(dict.fromkeys(decided, "FP32")).check([p for p in paths if p not in recipe.float_layers], model.name)
-    by_id = {id(layer): decided[path] for path, layer in layers if path in decided}
-
-    def quantize(layer, copy):
-        if id(layer) not in by_id:
-            return copy
-        weights, activations = by_id[id(layer)]["weights"], by_id[id(layer)].get("activations")
-        return Quantized(
-            copy,
-            [recipe.formats[weights]],
-            [recipe.formats[activations]] if activations else None,
-            weights,
-            activations,
-            name=copy.name,
-            dtype=copy.dtype_policy,
-        )
-
-    return _clone(model, quantize)
+    arguments = {}
+    for path, layer in layers:
+        if path in decided:
+            weights, activations = decided[path]["weights"], decided[path].get("activations")
+            menus = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
+            arguments[id(layer)] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
+    return _copy(model, arguments)
 
 
 def fixed(network: keras.Model, formats: dict[str, str]) -> keras.Model:
     """A copy of a quantized network in which each decision has taken the given format."""
-
-    def fix(layer, copy):
-        if not isinstance(layer, Quantized):
-            return copy
-        config = layer.get_config()
-        config["layer"] = copy.layer
-        config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
-        if config["activation_formats"]:
-            config["activation_formats"] = [formats.get(layer.activation_decision, config["activation_formats"][0])]
-        return Quantized(**config)
-
-    return _clone(network, fix)
+    arguments = {}
+    for _, layer in trace.walk(network):
+        if isinstance(layer, Quantized):
+            config = layer.get_config()
+            config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
+            if config["activation_formats"]:
+                config["activation_formats"] = [formats.get(layer.activation_decision, config["activation_formats"][0])]
+            arguments[id(layer)] = {key: config[key] for key in composite.ARGUMENTS}
+    return _copy(network, arguments)
 
 
 def decisions(network: keras.Model) -> list[Decision]:
@@ -266,40 +247,47 @@ def _log_left_in_float(model) -> None:
         _LOG.warning("Left in float, because their class is not known: %s.", ", ".join(unknown))
 
 
-def _clone(model: keras.Model, replace: Callable) -> keras.Model:
-    """A copy of a Functional or Sequential model, nested ones too, with its weights.
+def _copy(model: keras.Model, arguments: dict[int, dict]) -> keras.Model:
+    """A copy of a model with its weights.
 
     Args:
-      model: The original.
-      replace: (layer, copy of it without weights) -> layer to put in its place.
+      model: The original, quantized or not.
+      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized in the copy.
     """
-    copies: dict[int, Any] = {}
-    pairs = []
-
-    def copy_of(layer):
-        if id(layer) not in copies:
-            if trace.is_network(layer):
-                copies[id(layer)] = clone(layer)
-            else:
-                copies[id(layer)] = replace(layer, type(layer).from_config(layer.get_config()))
-                pairs.append((layer, copies[id(layer)]))
-        return copies[id(layer)]
-
-    def clone(model):
-        return keras.models.clone_model(model, clone_function=copy_of)
-
-    result = clone(model)
-    for layer, copy in pairs:
-        _copy_weights(layer, copy)
-    return result
+    copy = composite.network_copy(model, arguments, {})
+    originals, copies = _layers_of(model), _layers_of(copy)
+    if originals.keys() != copies.keys():
+        differ = sorted(originals.keys() ^ copies.keys())
+        raise ValueError(
+            f"A copy of model {model.name!r} from its config is not made of the same layers; they differ in "
+            f"{', '.join(differ)}. Let get_config return the arguments of __init__, and do not share a layer between "
+            f"composite layers."
+        )
+    for path, layer in originals.items():
+        _copy_state(layer, copies[path])
+    return copy
 
 
-def _copy_weights(layer, copy) -> None:
-    if isinstance(copy, Quantized):
-        source = layer.layer if isinstance(layer, Quantized) else layer
-        copy.layer.set_weights(source.get_weights())
-        if isinstance(layer, Quantized):
-            for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):
-                new.range.assign(old.range)
-    elif layer.weights:
-        copy.set_weights(layer.get_weights())
+def _layers_of(model) -> dict:
+    # Input layers are made anew, with names of their own.
+    return {path: layer for path, layer in trace.walk(model) if not isinstance(layer, keras.layers.InputLayer)}
+
+
+def _copy_state(layer, copy) -> None:
+    """Weights, ranges and what is frozen, without those of the layers that a composite layer holds."""
+    if isinstance(layer, Quantized):
+        for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):
+            new.range.assign(old.range)
+    source, target = (trace.inside(each) for each in (layer, copy))
+    if target.trainable != source.trainable:
+        target.trainable = source.trainable
+    old_weights, new_weights = trace.own_weights(source), trace.own_weights(target)
+    if [w.shape for w in old_weights] != [w.shape for w in new_weights]:
+        raise ValueError(
+            f"A copy of layer {source.name!r} of class {type(source).__name__} from its config has other weights. Let "
+            f"get_config return the arguments of __init__."
+        )
+    for old, new in zip(old_weights, new_weights):
+        new.assign(old)
+    if hasattr(target, "finalize_state"):  # a Normalization computes with what it derives from its weights
+        target.finalize_state()

@@ -241,26 +241,6 @@ def test_several_inputs_and_outputs(pack):
         np.testing.assert_array_equal(network(x)[name], model(x)[name])
 
 
-def test_a_subclassed_model_inside_stays_in_float():
-    @keras.saving.register_keras_serializable("wrapping_test")
-    class Block(keras.Model):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.dense = L.Dense(3)
-
-        def call(self, x):
-            return self.dense(x)
-
-        def get_config(self):
-            return {"name": self.name}
-
-    inputs = keras.Input((3,))
-    model = randomized(keras.Model(inputs, L.Dense(3, name="fc")(Block(name="block")(inputs))))
-    network = wrapping.quantized_network(model, ["INT4", "FP32"])
-    assert [d.name for d in wrapping.decisions(network)] == ["fc"]
-    np.testing.assert_array_equal(outputs(network), outputs(model))
-
-
 def test_layers_of_unknown_classes_stay_in_float_and_are_listed_in_one_line(caplog):
     inputs = keras.Input((7,), dtype="int32")
     x = L.LSTM(4, name="lstm")(L.Embedding(10, 4, name="embedding")(inputs))

@@ -1,0 +1,192 @@
+"""Layers that are made of layers, some of them quantized: attention, transformer blocks, subclassed models."""
+
+from __future__ import annotations
+
+import inspect
+
+import tensorflow as tf
+
+from fliqs_tf import trace
+from fliqs_tf._keras import keras, replace_held
+from fliqs_tf.quantized import Quantized
+
+ARGUMENTS = ("weight_formats", "activation_formats", "weight_decision", "activation_decision")
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class Composite(keras.layers.Layer):
+    """Wraps a layer made of layers; some of these are replaced by `Quantized` ones on their owner.
+
+    It is called as the layer inside is. Its config holds the layer as it was and what to replace, so that a saved
+    model loads again with its quantized parts.
+
+    Args:
+      layer: A layer or subclassed model that holds layers in attributes, or in lists, tuples and dicts there. It
+        belongs to the wrapper from then on.
+      parts: {path of a layer inside, as `trace.walk` gives it: arguments of `Quantized` without the layer}.
+
+    Raises:
+      ValueError: At its first call, if the layer has no part of such a path.
+    """
+
+    def __init__(self, layer, parts, **kwargs):
+        def call(*args, **kwargs):
+            return self.layer(*args, **kwargs)
+
+        # Keras reads off the signature what to pass: masks, training, shapes.
+        call.__signature__ = inspect.signature(layer.call)
+        object.__setattr__(self, "call", call)
+        autocast = getattr(layer, "autocast", getattr(layer, "_autocast", True))
+        super().__init__(**{"name": layer.name, "dtype": layer.dtype_policy, "autocast": autocast, **kwargs})
+        self.layer = layer
+        self.supports_masking = getattr(layer, "supports_masking", False)
+        self._parts = {path: dict(arguments) for path, arguments in parts.items()}
+        self._replaced = False
+
+    @property
+    def composite_layer(self):
+        """The layer inside."""
+        return self.layer
+
+    def __call__(self, *args, **kwargs):
+        if not self._replaced:
+            self._build_inside(args, kwargs)
+            self._replace()
+            self._replaced = True
+        return super().__call__(*args, **kwargs)
+
+    def _build_inside(self, args, kwargs):
+        """Many layers make their parts when they are first called."""
+        if not self.layer.built:
+            args, kwargs = tf.nest.map_structure(_placeholder, (args, kwargs))
+            with tf.init_scope():
+                self.layer(*args, **kwargs)
+
+    def _replace(self):
+        there = dict(trace.walk(self.layer))
+        missing = [path for path in self._parts if path not in there]
+        if missing:
+            raise ValueError(f"Layer {self.name!r} has no part {missing[0]!r}. Its parts: {', '.join(there)}.")
+        replace_parts(self.layer, {id(there[path]): arguments for path, arguments in self._parts.items()})
+
+    def compute_mask(self, inputs, mask=None):
+        return self.layer.compute_mask(inputs, mask)
+
+    def get_build_config(self):
+        return None  # its first call builds it
+
+    def get_config(self) -> dict:
+        layer = keras.saving.serialize_keras_object(self.layer)
+        layer.pop("build_config", None)
+        return {**super().get_config(), "layer": layer, "parts": self._parts}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects=custom_objects)
+        return cls(**{**config, "layer": layer})
+
+
+def _placeholder(value):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return keras.Input(batch_shape=tuple(value.shape), dtype=value.dtype)
+    return value
+
+
+def placed(layer, original, arguments: dict[int, dict]):
+    """What takes the place of a layer in a copy of a network.
+
+    Args:
+      layer: Copy of the layer, not quantized.
+      original: The layer itself, quantized or not.
+      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized.
+
+    Returns:
+      A `Quantized`, a `Composite`, or the copy itself.
+    """
+    if id(original) in arguments:
+        return Quantized(layer, **arguments[id(original)], name=layer.name, dtype=layer.dtype_policy)
+    parts = {path: arguments[id(part)] for path, part in trace.walk(original) if id(part) in arguments}
+    return Composite(layer, parts) if parts else layer
+
+
+def network_copy(network: keras.Model, arguments: dict[int, dict], copies: dict) -> keras.Model:
+    """A copy of a Functional or Sequential model, nested ones too, without the weights.
+
+    Args:
+      network: The original.
+      arguments: See `placed`.
+      copies: {id of a layer: its copy} so far; a layer that is there already is not copied again.
+    """
+
+    def copy_of(layer):
+        if id(layer) not in copies:
+            if trace.is_network(layer):
+                copies[id(layer)] = network_copy(layer, arguments, copies)
+            else:
+                copies[id(layer)] = placed(copy_in_float(layer), layer, arguments)
+        return copies[id(layer)]
+
+    return keras.models.clone_model(network, clone_function=copy_of)
+
+
+def copy_in_float(layer):
+    """A new layer from the config of a layer, or of what is inside if it is quantized."""
+    layer = trace.inside(layer)
+    try:
+        return type(layer).from_config(layer.get_config())
+    except Exception as error:
+        raise ValueError(
+            f"Layer {layer.name!r} of class {type(layer).__name__} cannot be copied: its get_config or from_config "
+            f"failed ({type(error).__name__}: {error}). Let get_config return the arguments of __init__."
+        ) from error
+
+
+def replace_parts(owner, arguments: dict[int, dict]) -> None:
+    """Replaces layers inside a composite layer, wherever they are held.
+
+    Args:
+      owner: The composite layer; it is changed.
+      arguments: {id of a layer inside: arguments of `Quantized`}.
+    """
+    new: dict = {}
+    seen = set()
+
+    def now(layer):
+        """What takes the layer's place: itself, if only its parts change."""
+        if id(layer) in new:
+            return new[id(layer)]
+        if id(layer) in arguments:
+            new[id(layer)] = layer if isinstance(layer, Quantized) else placed(layer, layer, arguments)
+        elif trace.is_network(layer):
+            quantized = any(id(part) in arguments for _, part in trace.walk(layer))
+            new[id(layer)] = network_copy(layer, arguments, new) if quantized else layer
+        else:
+            visit(layer)
+            return layer
+        return new[id(layer)]
+
+    def visit(layer):
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        for attribute, value in trace.holders(layer):
+            replaced = [(part, now(part)) for _, part in trace.held(attribute, value)]
+            replaced = [(before, after) for before, after in replaced if before is not after]
+            if replaced:
+                replace_held(layer, attribute, _with(value, replaced), replaced)
+
+    visit(owner)
+
+
+def _with(value, replaced):
+    """A value of an attribute with layers replaced."""
+    for before, after in replaced:
+        if value is before:
+            return after
+    if isinstance(value, dict):
+        return {key: _with(entry, replaced) for key, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_with(entry, replaced) for entry in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with(entry, replaced) for entry in value)
+    return value
