@@ -19,7 +19,8 @@ BINARIES = [
     *PLOTS,
 ]
 LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
-TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5"]
+SAFETENSORS = ["safetensors>=0.4"]
+TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5", *SAFETENSORS]
 
 setup(
     name="fliqs-tf",
@@ -35,6 +36,7 @@ setup(
         "plots": PLOTS,
         "binaries": BINARIES,
         "legacy": LEGACY,
+        "safetensors": SAFETENSORS,
         "tests": [*BINARIES, *LEGACY, *TESTS],
         "dev": [*BINARIES, *LEGACY, *TESTS, "ruff>=0.14", "import-linter>=2.5", "pre-commit>=4.0"],
     },

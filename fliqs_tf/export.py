@@ -4,3 +4,23 @@ Nothing of this is loaded before it is called: an exporter's libraries are neede
 """
 
 from __future__ import annotations
+
+
+def packed(final, path):
+    """Writes a deployed model as one safetensors file: weights as codes at their true width, scales, recipe, network.
+
+    See `fliqs_tf.export_packed.packed`: arguments, errors, and what is where in the file.
+    """
+    from fliqs_tf import export_packed
+
+    export_packed.packed(final, path)
+
+
+def load_packed(path, *, custom_objects=None):
+    """Restores the deployed model that `packed` wrote: the same outputs, to the bit.
+
+    See `fliqs_tf.export_packed.load_packed` for arguments and errors.
+    """
+    from fliqs_tf import export_packed
+
+    return export_packed.load_packed(path, custom_objects=custom_objects)
