@@ -31,6 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["fliqs_tf"],
+    package_data={"fliqs_tf": ["profiles/*.json"]},
     install_requires=["tensorflow>=2.21", "keras>=3.15", "numpy>=2.0"],
     extras_require={
         "plots": PLOTS,

@@ -4,6 +4,7 @@ from fliqs_tf import costs, export, rewards, schedules
 from fliqs_tf.callbacks import SearchCheckpoint, SearchLog
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
+from fliqs_tf.profile import Profile
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.recipe import Recipe
 from fliqs_tf.rounding import fake_quant
@@ -17,6 +18,7 @@ __all__ = [
     "PRESETS",
     "Controller",
     "Format",
+    "Profile",
     "Quantized",
     "Recipe",
     "Rule",

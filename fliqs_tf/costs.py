@@ -90,7 +90,8 @@ class Cost:
       name: What is counted.
       unit: Unit of the total.
       per_unit: Layer prices are divided by this for the total.
-      layer: (site, weight format, activation format) -> price of the layer; a whole number if it is to be exact.
+      layer: (site, weight format, activation format) -> price of the layer; a whole number or a `Fraction` if it is
+        to be exact. ValueError where the layer cannot run so.
     """
 
     name: str
@@ -109,11 +110,23 @@ class Cost:
         Raises:
           ValueError: The recipe does not fit the model.
         """
-        priced = sites(model)
-        if formats is None and hasattr(model, "recipe"):
-            formats = model.recipe()
-        pairs = [_formats_of(site, formats, getattr(model, "name", "")) for site in priced]
-        return sum(self.layer(site, w, a) for site, (w, a) in zip(priced, pairs)) / self.per_unit
+        priced = site_formats(model, formats)
+        return float(sum(self.layer(site, w, a) for site, w, a in priced) / self.per_unit)
+
+
+def site_formats(model, formats: Recipe | Format | str | None = None) -> list[tuple[Site, Format, Format]]:
+    """What a cost prices: (layer, weight format, input format) in network order.
+
+    Args:
+      model, formats: As for `Cost`.
+
+    Raises:
+      ValueError: The recipe does not fit the model.
+    """
+    if formats is None and hasattr(model, "recipe"):
+        formats = model.recipe()
+    name = getattr(model, "name", "")
+    return [(site, *_formats_of(site, formats, name)) for site in sites(model)]
 
 
 def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
@@ -178,11 +191,12 @@ class CostTable:
             w, a = index.get(site.weight_decision), index.get(site.activation_decision)
             weight_menu = menus[w] if w is not None else [Format(f) for f in site.weight_formats]
             input_menu = menus[a] if a is not None else [Format(f) for f in site.activation_formats]
+            if w is not None and w == a:  # formats that never meet need not have a price
+                self.tables[w, : len(weight_menu)] += [float(cost.layer(site, f, f)) for f in weight_menu]
+                continue
             prices = np.array([[cost.layer(site, f, g) for g in input_menu] for f in weight_menu], np.float64)
             if w is None and a is None:
                 self.constant += prices[0, 0]
-            elif w == a:
-                self.tables[w, : len(weight_menu)] += np.diag(prices)
             elif a is None:
                 self.tables[w, : len(weight_menu)] += prices[:, 0]
             elif w is None:

@@ -23,21 +23,24 @@ from fliqs_tf import costs, fitting, normalization, rewards, wrapping
 from fliqs_tf._keras import IS_KERAS_3, add_state, keras
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
+from fliqs_tf.profile import Profile
 from fliqs_tf.quality import quality_function
 from fliqs_tf.recipe import Recipe
 
 _LOG = logging.getLogger("fliqs_tf")
 
 
-def wrap(model, space="FLIQS-S-INT", rules=(), *, granularity="layer", tensors="together", input_shape=None):
+def wrap(model, space=None, rules=(), *, profile=None, granularity="layer", tensors="together", input_shape=None):
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
       model: A built Functional or Sequential Keras model. It stays as it is; its weights are copied.
       space: Menu of formats for every layer: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
-        "FLIQS-L-FLOAT", "MIXED") or a list of formats.
+        "FLIQS-L-FLOAT", "MIXED") or a list of formats. None: "FLIQS-S-INT", or what the profile has.
       rules: What differs for some layers: (pattern, menu), (pattern, None) to leave them in float, or
         `Rule(pattern, formats, tie)`. Patterns are searched in layer paths; later rules win.
+      profile: A platform to search for: a `Profile`, the name of a shipped one, or the path of its JSON file. Every
+        choice of the search then runs on the platform, and `compile` counts its cost unless told otherwise.
       granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
@@ -49,10 +52,19 @@ def wrap(model, space="FLIQS-S-INT", rules=(), *, granularity="layer", tensors="
     Raises:
       TypeError: The model is of the other Keras.
       ValueError: The model is not built or has nothing to quantize; unknown space or format; a menu that is empty, has
-        duplicates, or leaves nothing to choose; a rule that matches no layer. The message says what to do.
+        duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile does not have.
+        The message says what to do.
     """
-    network = wrapping.quantized_network(model, space, rules, granularity, tensors)
-    return SearchModel(network, input_shape=input_shape, name=model.name)
+    if profile is None:
+        menus = ("FLIQS-S-INT" if space is None else space,)
+    else:
+        profile = Profile.load(profile)
+        menus = profile.menus(tensors, space)
+    network = wrapping.quantized_network(model, menus[0], rules, granularity, tensors, *menus[1:])
+    searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
+    if profile is not None:
+        profile.check(searched.sites)
+    return searched
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
@@ -63,11 +75,13 @@ class SearchModel(keras.Model):
       network: Model with `Quantized` layers.
       controller: Options of `Controller`, as a dict.
       input_shape: Shape of one example, where the network leaves it open.
+      profile: The platform that is searched for, a `Profile` or None.
     """
 
-    def __init__(self, network, controller=None, input_shape=None, **kwargs):
+    def __init__(self, network, controller=None, input_shape=None, profile=None, **kwargs):
         super().__init__(**kwargs)
         self.network = network
+        self.profile = profile
         self._example_shape = input_shape
         self._search = {}
         self.controller = self._new_controller(controller or {})
@@ -108,7 +122,7 @@ class SearchModel(keras.Model):
         metrics=None,
         *,
         target_cost=None,
-        cost="bops",
+        cost=None,
         reward="absolute",
         quality="loss",
         quality_every=4,
@@ -124,7 +138,7 @@ class SearchModel(keras.Model):
           optimizer, loss, metrics, **kwargs: As for any Keras model. `jit_compile` is off by default on a CPU, where
             compiling convolutions makes them slower; the rounding kernel is compiled all the same.
           target_cost: Number in the cost's unit, or relative to a uniform format: "0.25x INT8". `fit` needs it.
-          cost: "bops", "memory" or a `costs.Cost`.
+          cost: "bops", "memory", a `costs.Cost` or a `Profile`. None: that of the profile of `wrap`, or else "bops".
           reward: "absolute", "one_sided", "soft_exponential", "hard_exponential", an object of
             `fliqs_tf.rewards`, or a function (quality, cost / target) -> reward.
           quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> what to
@@ -146,9 +160,7 @@ class SearchModel(keras.Model):
             )
         if IS_KERAS_3 and not tf.config.list_physical_devices("GPU") and not tf.config.list_physical_devices("TPU"):
             kwargs.setdefault("jit_compile", False)
-        if isinstance(cost, str) and cost not in costs.NAMES:
-            raise ValueError(f"Unknown cost {cost!r}; known: {', '.join(costs.NAMES)}, or give a fliqs_tf.costs.Cost.")
-        cost_object = costs.NAMES[cost] if isinstance(cost, str) else cost
+        cost_object = self._cost_of(cost)
         reward_object = rewards.get(reward)
         if quality == "loss" and getattr(reward_object, "needs_positive_quality", False):
             raise ValueError(
@@ -185,6 +197,18 @@ class SearchModel(keras.Model):
         }
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
+    def _cost_of(self, cost) -> costs.Cost:
+        cost = (self.profile or "bops") if cost is None else cost
+        if isinstance(cost, str) and cost in costs.NAMES:
+            return costs.NAMES[cost]
+        cost = cost.cost if isinstance(cost, Profile) else cost
+        if not isinstance(cost, costs.Cost):
+            raise ValueError(
+                f"Unknown cost {cost!r}; known: {', '.join(costs.NAMES)}, or give a fliqs_tf.Profile or a "
+                f"fliqs_tf.costs.Cost."
+            )
+        return cost
+
     def _controller_options(self) -> dict:
         config = self.controller.get_config()
         return {k: v for k, v in config.items() if k not in ("n_options", "prior", "name", "trainable", "dtype")}
@@ -193,6 +217,11 @@ class SearchModel(keras.Model):
     def target_cost(self) -> float | None:
         """The target in the cost's unit, None before `compile` or without one."""
         return self._search.get("target")
+
+    @property
+    def cost(self) -> costs.Cost:
+        """What is counted, as compiled."""
+        return self._search["cost"]
 
     @property
     def cost_table(self) -> costs.CostTable:
@@ -397,12 +426,15 @@ class SearchModel(keras.Model):
             "network": keras.saving.serialize_keras_object(self.network),
             "controller": self._controller_options(),
             "input_shape": self._example_shape,
+            "profile": self.profile and self.profile.data,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
         config["network"] = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
+        if config.get("profile") is not None:
+            config["profile"] = Profile(config["profile"])
         return cls(**config)
 
     def get_compile_config(self):
@@ -410,6 +442,8 @@ class SearchModel(keras.Model):
         if not config:
             return config
         plain = {k: v for k, v in self._search_config.items() if isinstance(v, (str, int, float, type(None)))}
+        if isinstance(self._search_config["cost"], Profile):
+            plain["cost"] = keras.saving.serialize_keras_object(self._search_config["cost"])
         return {**config, **plain}
 
     def compile_from_config(self, config):

@@ -78,21 +78,27 @@ class _Plan:
     """How one layer is quantized."""
 
     space: Space
+    input_space: Space | None
     weight_decision: str
     activation_decision: str
-    quantize_input: bool
 
     def arguments(self) -> dict:
         """Of `Quantized`, without the layer."""
-        menu = list(self.space.names)
-        values = (menu, menu if self.quantize_input else None, self.weight_decision, self.activation_decision)
+        inputs = None if self.input_space is None else list(self.input_space.names)
+        values = (list(self.space.names), inputs, self.weight_decision, self.activation_decision)
         return dict(zip(composite.ARGUMENTS, values))
 
 
-def quantized_network(model, space, rules=(), granularity="layer", tensors="together") -> keras.Model:
-    """A copy of a model whose layers read decisions. The arguments are those of `fliqs_tf.wrap`."""
+def quantized_network(model, space, rules=(), granularity="layer", tensors="together", input_space=None) -> keras.Model:
+    """A copy of a model whose layers read decisions.
+
+    Args:
+      model, space, rules, granularity, tensors: As for `fliqs_tf.wrap`.
+      input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
+    """
     layers = _layers_to_quantize(model)
-    plans = _plans([path for path, _ in layers], Space(space), _as_rules(rules), granularity, tensors)
+    spaces = (Space(space), Space(space if input_space is None else input_space))
+    plans = _plans([path for path, _ in layers], spaces, _as_rules(rules), granularity, tensors)
     _log_left_in_float(model)
     return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans})
 
@@ -196,8 +202,8 @@ def _tied(rule: Rule, match: re.Match, path: str) -> str:
     return name
 
 
-def _plans(paths, space: Space, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, _Plan]:
-    """Layer path -> plan, without the layers that stay in float."""
+def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, _Plan]:
+    """Layer path -> plan, without the layers that stay in float. spaces: menus of weights and of inputs."""
     if granularity not in ("layer", "model"):
         raise ValueError(
             f"granularity must be 'layer' (a decision per layer) or 'model' (one for all), got {granularity!r}. "
@@ -210,17 +216,17 @@ def _plans(paths, space: Space, rules: Sequence[Rule], granularity: str, tensors
             raise ValueError(f"Rule {rule.pattern!r} matches no layer. Layers: {', '.join(paths)}.")
     plans = {}
     for path in paths:
-        menu, decision = space, None
+        menus, decision = spaces, None
         for rule in rules:
             if match := re.search(rule.pattern, path):
-                menu = menu if rule.formats is UNCHANGED else rule.formats
+                menus = menus if rule.formats is UNCHANGED else (rule.formats, rule.formats)
                 decision = _tied(rule, match, path) if rule.tie else decision
-        if menu is None:
+        if menus[0] is None:
             continue
         if decision is None:  # a menu of its own is a decision of its own
-            decision = "model" if granularity == "model" and menu == space else path
+            decision = "model" if granularity == "model" and menus == spaces else path
         names = (f"{decision}/weights", f"{decision}/activations") if tensors == "separate" else (decision, decision)
-        plans[path] = _Plan(menu, *names, quantize_input=tensors != "weights")
+        plans[path] = _Plan(menus[0], None if tensors == "weights" else menus[1], *names)
     _check_menus(plans)
     return plans
 
@@ -229,12 +235,13 @@ def _check_menus(plans: dict[str, _Plan]) -> None:
     first: dict[str, str] = {}
     for path, plan in plans.items():
         other = first.setdefault(plan.weight_decision, path)
-        if plans[other].space != plan.space:
-            raise ValueError(
-                f"Layers {other!r} and {path!r} are tied into the decision {plan.weight_decision!r} but have "
-                f"different menus, {list(plans[other].space.names)} and {list(plan.space.names)}."
-            )
-    if all(len(plan.space) == 1 for plan in plans.values()):
+        for one, menu in ((plans[other].space, plan.space), (plans[other].input_space, plan.input_space)):
+            if one != menu:
+                raise ValueError(
+                    f"Layers {other!r} and {path!r} are tied into the decision {plan.weight_decision!r} but have "
+                    f"different menus, {list(one.names)} and {list(menu.names)}."
+                )
+    if all(len(plan.space) == 1 and len(plan.input_space or plan.space) == 1 for plan in plans.values()):
         raise ValueError(
             "There is nothing to search: no layer has more than one format to choose from. Give a menu of two or "
             "more, or use fliqs_tf.apply(model, format) for fixed formats."
