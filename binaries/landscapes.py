@@ -6,8 +6,8 @@ between uniform INT4 and uniform INT8. A reading of quality has noise of standar
 is shared by samples that are read on one batch. The critic is given the noise power of the formats on Gaussian data,
 as in a real search, and not the landscape's 4^-bits.
 
-Steps are training steps: the critic reads 4 samples on one batch at every 4th step, as a search does by default;
-plain REINFORCE reads one sample at every step, the same number in all.
+Steps are training steps: the critic reads 4 samples on one batch at every 8th step, as a search does by default,
+or at every 4th; plain REINFORCE reads one sample at every step.
 
 The score is the share of the way from a random recipe of equal cost to the optimum of equal cost, in the landscape as
 it is at the end:
@@ -37,7 +37,14 @@ MENUS = {
     3: ("INT4", "INT8", "BF16"),
     14: tuple(f"E{x}M{bits - 1 - x}" for bits in range(4, 9) for x in range(2, 6) if bits - 1 - x >= 1),
 }
-CONTROLLERS = ("critic", "critic, single readings", "REINFORCE normalized", "REINFORCE reference", "REINFORCE TuNAS")
+CONTROLLERS = (
+    "critic",
+    "critic, every 4 steps",
+    "critic, single readings",
+    "REINFORCE normalized",
+    "REINFORCE reference",
+    "REINFORCE TuNAS",
+)
 NOISE, SHARED = 0.02, 0.8
 
 
@@ -158,7 +165,7 @@ class Landscape:
 
 
 def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: bool = True):
-    """(controller, reward, samples per reading) of a row of the table.
+    """(controller, reward, samples per reading, steps between readings) of a row of the table.
 
     Source of the settings: method.md section 4; "REINFORCE normalized" is our default of
     estimator="reinforce" with a reward that suits the noise. The
@@ -167,13 +174,14 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
     noise = [Format(name).noise() for name in menu]
     sizes = [len(menu)] * decisions
     plain = {"estimator": "reinforce", "settle": 0.0}
-    if kind in CONTROLLERS[:2]:
+    readings = {"critic": (4, 8), "critic, every 4 steps": (4, 4), "critic, single readings": (1, 1)}
+    if kind in readings:
         controller = Controller(sizes, prior=[[2 * n for n in noise]] * decisions if prior else None)
-        return controller, rewards.Absolute(), 4 if kind == "critic" else 1
+        return controller, rewards.Absolute(), *readings[kind]
     if kind == "REINFORCE normalized":
-        return Controller(sizes, **plain), rewards.Absolute(-0.1), 1
+        return Controller(sizes, **plain), rewards.Absolute(-0.1), 1, 1
     if kind == "REINFORCE reference":
-        return Controller(sizes, **plain, learning_rate=0.05, normalize_advantage=False), rewards.Absolute(-1.0), 1
+        return Controller(sizes, **plain, learning_rate=0.05, normalize_advantage=False), rewards.Absolute(-1.0), 1, 1
     if kind == "REINFORCE TuNAS":
         settings = {"beta_1": 0.0, "beta_max": 0.0, "baseline_momentum": 0.95, "sum_over_decisions": True}
         controller = Controller(
@@ -186,7 +194,7 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
                 4.8e-3, controller.total_steps, tf.cast(controller.total_steps, tf.float32) / 4.0
             )(step),
         )
-        return controller, rewards.Absolute(-0.1), 1
+        return controller, rewards.Absolute(-0.1), 1, 1
     raise ValueError(f"Unknown controller {kind!r}; known: {', '.join(CONTROLLERS)}.")
 
 
@@ -222,7 +230,7 @@ def run(params: Params = Params()):
 def _make_search(params: Params, kind: str, decisions: int, options: int):
     """(steps, seed) -> what one search came to; compiled once for all of them."""
     menu = MENUS[options]
-    controller, reward, k = make_controller(kind, decisions, menu, params.prior)
+    controller, reward, k, every = make_controller(kind, decisions, menu, params.prior)
     losses = [tf.Variable(tf.zeros([decisions, options])) for _ in range(2)]
     ratio = tf.Variable(tf.ones([decisions, options]))
     rows = np.arange(decisions)
@@ -249,7 +257,7 @@ def _make_search(params: Params, kind: str, decisions: int, options: int):
             samples = controller.sample(tf.stack([seed, 2 * i]), k)
             t = tf.cast(controller.step, tf.float32) / tf.cast(controller.total_steps, tf.float32)
             controller.update(samples, read(samples, t, tf.stack([seed, 2 * i + 1])))
-            controller.advance(k)
+            controller.advance(every)
 
     def search(steps, seed):
         land = Landscape(MACS[decisions](), menu, seed, params.drift)
@@ -258,7 +266,7 @@ def _make_search(params: Params, kind: str, decisions: int, options: int):
         for variable, value in zip((*losses, ratio), (land.start, land.loss, land.ratio)):
             variable.assign(value.astype(np.float32))
         start = time.perf_counter()
-        learn(tf.constant(seed), tf.constant(controller.decided_at() // k))
+        learn(tf.constant(seed), tf.constant(controller.decided_at() // every))
         before = float(controller.entropy())
         result = land.judge(controller.decide())
         seconds = time.perf_counter() - start

@@ -37,7 +37,7 @@ flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted
 flags.DEFINE_string("reward", "absolute", "absolute, one_sided, soft_exponential or hard_exponential.")
 flags.DEFINE_enum("quality", "loss", ["loss", "accuracy"], "What the search maximizes: minus the loss, or accuracy.")
 flags.DEFINE_enum("quality_data", "held_out", ["held_out", "train"], "Batches that quality is read from.")
-flags.DEFINE_integer("quality_every", 4, "Steps between readings on held-out batches.", lower_bound=1)
+flags.DEFINE_integer("quality_every", 8, "Steps between readings on held-out batches.", lower_bound=1)
 flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", lower_bound=2)
 flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
 flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")

@@ -104,11 +104,12 @@ class ActivationQuantizer(Quantizer):
     def call(self, x, training=False):
         seen = tf.convert_to_tensor(self.range)
         if training and self.trainable:
-            moved, amax = _moved_range(x, seen, self.momentum)
+            largest = rounding.absolute_max(x)
+            moved, amax = _moved_range(largest, seen, self.momentum)
             self.range.assign(moved)
-        else:
-            amax = _amax(x, seen)
-        return rounding.quantize(x, amax * self.clip if self.clip < 1 else amax, self.format_row())
+            amax = amax * self.clip
+            return rounding.quantize(x, amax, self.format_row(), saturates=largest > amax)
+        return rounding.quantize(x, _amax(x, seen) * self.clip, self.format_row())
 
     def compute_output_shape(self, shape):
         return shape
@@ -118,15 +119,15 @@ class ActivationQuantizer(Quantizer):
 
 
 # Traced once, whatever the shape of x: in the graph of a network each is one operation.
-_ANY, _RANGE = tf.TensorSpec(None, tf.float32), tf.TensorSpec([2], tf.float32)
+_ANY, _ONE, _RANGE = (tf.TensorSpec(shape, tf.float32) for shape in (None, [], [2]))
 
 
-@tf.function(input_signature=[_ANY, _RANGE, tf.TensorSpec([], tf.float32)], autograph=False)
-def _moved_range(x, seen, momentum):
-    """(range after x, amax that it stands for)."""
+@tf.function(input_signature=[_ONE, _RANGE, _ONE], autograph=False)
+def _moved_range(largest, seen, momentum):
+    """(range after a tensor of that amax, amax that it stands for)."""
     average, weight = tf.unstack(seen)
     weight = momentum * weight + (1.0 - momentum)
-    amax = average + (rounding.absolute_max(x) - average) * ((1.0 - momentum) / weight)
+    amax = average + (largest - average) * ((1.0 - momentum) / weight)
     return tf.stack([amax, weight]), amax
 
 

@@ -83,11 +83,14 @@ _quantize_compiled = tf.function(_quantize, input_signature=_SIGNATURE, autograp
 _WORTH_COMPILING = 2**16
 
 
+def _on_cpu() -> bool:
+    return all(device.device_type == "CPU" for device in tf.config.list_physical_devices())
+
+
 def _kernel_for(x: tf.Tensor):
     size = x.shape.num_elements()
     small = size is not None and size <= _WORTH_COMPILING
-    on_cpu = all(device.device_type == "CPU" for device in tf.config.list_physical_devices())
-    return _quantize_plain if small and on_cpu else _quantize_compiled
+    return _quantize_plain if small and _on_cpu() else _quantize_compiled
 
 
 @tf.function(input_signature=[tf.TensorSpec(None, tf.float32)] * 3, autograph=False, jit_compile=True)
@@ -96,24 +99,33 @@ def _pass_inside(dy, x, bound):
     return tf.where(tf.abs(x) <= bound, dy, 0.0)
 
 
-@tf.custom_gradient
-def _straight_through(x, amax, format_row):
-    q = tf.ensure_shape(_kernel_for(x)(x, amax, format_row), x.shape)
-    return q, lambda dy: (dy, None, None)
+@tf.function(input_signature=[*[tf.TensorSpec(None, tf.float32)] * 3, tf.TensorSpec([], tf.bool)], autograph=False)
+def _pass_inside_if(dy, x, bound, saturates):
+    return tf.cond(saturates, lambda: _pass_inside(dy, x, bound), lambda: dy)
 
 
-@tf.custom_gradient
-def _straight_through_inside(x, amax, format_row):
-    q = tf.ensure_shape(_kernel_for(x)(x, amax, format_row), x.shape)
+def _straight_through(x, amax, format_row, saturates):
+    @tf.custom_gradient
+    def rounded(x, amax, format_row):
+        q = tf.ensure_shape(_kernel_for(x)(x, amax, format_row), x.shape)
 
-    def gradient(dy):
-        bound = tf.where(format_row[_COLUMNS.index("scaled")] > 0, amax, np.inf)
-        return tf.ensure_shape(_pass_inside(dy, x, bound), x.shape), None, None
+        def gradient(dy):
+            if saturates is False:
+                return dy, None, None
+            bound = tf.where(format_row[_COLUMNS.index("scaled")] > 0, amax, np.inf)
+            # A GPU would wait for the host to branch; there a pass over memory is the cheaper of the two.
+            if saturates is True or not _on_cpu():
+                dx = _pass_inside(dy, x, bound)
+            else:
+                dx = _pass_inside_if(dy, x, bound, saturates)
+            return tf.ensure_shape(dx, x.shape), None, None
 
-    return q, gradient
+        return q, gradient
+
+    return rounded(x, amax, format_row)
 
 
-def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates: bool = True) -> tf.Tensor:
+def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates=True) -> tf.Tensor:
     """Rounds x to the format that `format_row` describes; gradient straight through.
 
     Args:
@@ -121,12 +133,12 @@ def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates:
       amax: float32, broadcastable to x: the magnitude that maps to the format's largest value. Not differentiated.
       format_row: float32 [ROW_SIZE], see `row`.
       saturates: False promises that |x| <= amax everywhere (amax was taken from x itself), which spares the
-        gradient a pass over memory.
+        gradient a pass over memory. A bool tensor [] says so at run time.
 
     Returns:
       float32 tensor like x.
     """
-    return (_straight_through_inside if saturates else _straight_through)(x, amax, format_row)
+    return _straight_through(x, amax, format_row, saturates)
 
 
 def absolute_max(x: tf.Tensor, axis=None) -> tf.Tensor:
@@ -139,6 +151,8 @@ def absolute_max(x: tf.Tensor, axis=None) -> tf.Tensor:
     Returns:
       float32: shape () for None, else shape of x with every other axis 1. A constant to the gradient.
     """
+    if axis is None and tf.is_symbolic_tensor(x) and x.op.type in ("Relu", "Relu6"):
+        return tf.reduce_max(tf.stop_gradient(x))  # known to have no minus sign: one pass less over memory
     x = tf.stop_gradient(x)
     if axis is None:
         # Two reductions read x twice and write nothing; |x| first would write a copy of it.
