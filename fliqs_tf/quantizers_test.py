@@ -227,3 +227,35 @@ def test_configuration_round_trips(quantizer):
     assert type(copy) is type(quantizer)
     assert copy.get_config() == quantizer.get_config()
     assert copy.space == quantizer.space
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("rectified", [False, True])
+def test_the_gradient_is_masked_in_the_batches_that_exceed_the_range_and_only_there(graph, rectified):
+    quantizer = ActivationQuantizer(["INT8"], momentum=0.5)
+    scale = tf.constant([1.0, 2.0, 3.0, 4.0])
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.nn.relu(x) if rectified else x
+            loss = tf.reduce_sum(quantizer.call(y, training=True) * scale)
+        return tape.gradient(loss, x)
+
+    gradient = tf.function(gradient) if graph else gradient
+    # Ranges after the batches: 2; (0.25 * 2 + 0.5 * 5) / 0.75 = 4; (0.125 * 2 + 0.25 * 5 + 0.5 * 1) / 0.875 = 2.29.
+    for batch, passes in ([0.5, 1, 1.5, 2], [1, 1, 1, 1]), ([5, 3.9, 4.1, 1], [0, 1, 0, 1]), ([1, 1, 1, 1], [1] * 4):
+        x = tf.constant(batch, tf.float32)
+        np.testing.assert_array_equal(gradient(x), scale * tf.constant(passes, tf.float32))
+
+
+def test_values_below_zero_count_unless_a_relu_cut_them_off():
+    quantizers = [ActivationQuantizer(["INT8"]) for _ in range(2)]
+
+    @tf.function
+    def call(x):
+        quantizers[0].call(tf.nn.relu(x), training=True)
+        quantizers[1].call(x, training=True)
+
+    call(tf.constant([-7.0, 1.0, 3.0]))
+    np.testing.assert_allclose([q.range[0] for q in quantizers], [3.0, 7.0], rtol=1e-6)
