@@ -41,21 +41,37 @@ def check_model(model) -> None:
     raise TypeError(f"Expected a tf.keras model, got {type(model).__name__}.")
 
 
-def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0, averaged: bool = False):
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
+    """Raises unless this process's Keras can train under a distribution strategy.
+
+    Raises:
+      ValueError: Several machines or a TPU under Keras 3; says how to switch.
+    """
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    found = names & {"CollectiveAllReduceStrategy", "TPUStrategyV2", "TPUStrategy", "ParameterServerStrategyV2"}
+    if IS_KERAS_3 and found:
+        raise ValueError(
+            f"{type(strategy).__name__} does not work with {NAME}, which trains under MirroredStrategy only. Set "
+            f"TF_USE_LEGACY_KERAS=1 before Python starts: tf.keras is then tf_keras (pip install tf-keras)."
+        )
+
+
+def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0):
     """A variable that the optimizer leaves alone, the same number under both Kerases.
+
+    Replicas of a distribution strategy have a copy each and assign their own value, without a word to the others.
+    What has to be equal on all of them is made so before it is assigned, see `replicas`.
 
     Args:
       layer: The layer that owns it.
       name, shape, dtype: As for `add_weight`. Mixed precision does not change the dtype.
       initial: Value of every entry.
-      averaged: Replicas of a distribution strategy assign different values; readers get their mean.
     """
     options = {"name": name, "shape": shape, "dtype": dtype, "trainable": False}
     options["initializer"] = keras.initializers.Constant(np.dtype(dtype).type(initial).item())
     if IS_KERAS_3:
-        return layer.add_weight(**options, autocast=False, aggregation="mean" if averaged else "only_first_replica")
-    aggregation = tf.VariableAggregation.MEAN if averaged else tf.VariableAggregation.ONLY_FIRST_REPLICA
-    return layer.add_weight(**options, experimental_autocast=False, aggregation=aggregation)
+        return layer.add_weight(**options, autocast=False, aggregation="none")
+    return layer.add_weight(**options, experimental_autocast=False, aggregation=tf.VariableAggregation.NONE)
 
 
 def float_value(variable) -> tf.Tensor:

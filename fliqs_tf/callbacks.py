@@ -43,8 +43,8 @@ class SearchLog(keras.callbacks.Callback):
             self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
         else:
             _LOG.warning("No TensorBoard events: pip install tensorboard. metrics.jsonl has the same figures.")
-        self.step = int(self.model.controller.step)
-        total = int(self.model.controller.total_steps)
+        self.step = int(tf.convert_to_tensor(self.model.controller.step))
+        total = int(tf.convert_to_tensor(self.model.controller.total_steps))
         self.interval = self.every or max(1, total // 200)
         self.start = time.monotonic()
         self._write(self.step, {})
@@ -73,7 +73,7 @@ class SearchLog(keras.callbacks.Callback):
     def _write(self, step: int, logs: dict):
         model = self.model
         probabilities = np.asarray(model.controller.probabilities(), np.float64)
-        reward, baseline, quality, beta = (float(v) for v in np.asarray(model.readout))
+        reward, baseline, quality, beta = (float(v) for v in np.array(tf.convert_to_tensor(model.readout)))
         values = {
             **{k: float(v) for k, v in logs.items() if k not in ("reward", "cost", "entropy")},
             # Before the first reading there is nothing to say of these.
@@ -124,7 +124,7 @@ class SearchCheckpoint(keras.callbacks.Callback):
         self.directory, self.every_steps, self.keep = directory, every_steps, keep
 
     def on_train_begin(self, logs=None):
-        self.step = self.saved = int(self.model.controller.step)
+        self.step = self.saved = int(tf.convert_to_tensor(self.model.controller.step))
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
@@ -140,7 +140,7 @@ class SearchCheckpoint(keras.callbacks.Callback):
             self._save()
 
     def _save(self):
-        if int(self.model.bad_step) >= 0:
+        if int(tf.convert_to_tensor(self.model.bad_step)) >= 0:
             return  # not over a good one
         checkpoints.save(self.directory, self.model, self.step, keep=self.keep)
         self.saved = self.step

@@ -41,7 +41,7 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pa
         raise ValueError(f"keep must be 1 or more, got {keep}.")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = [np.asarray(v) for v in _variables(model)]
+    arrays = [np.array(tf.convert_to_tensor(v)) for v in _variables(model)]
     header = json.dumps({"step": step, "arrays": [[list(a.shape), a.dtype.name] for a in arrays]}).encode()
     chunks = [_LENGTH.pack(len(header)), header, *(a.tobytes() for a in arrays)]
     digest = hashlib.sha256()

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import critic, policy, rewards, schedules
+from fliqs_tf import critic, policy, replicas, rewards, schedules
 from fliqs_tf._keras import add_state, keras
 
 ESTIMATORS = ("critic", "reinforce")
@@ -162,7 +162,7 @@ class Controller(keras.layers.Layer):
         self.total_steps.assign(int(total_steps))
         learn = self._learn_critic if self.estimator == "critic" else self._learn_reinforce
         # Reads no variable and assigns none: that is done outside, where a replica of a strategy may do it.
-        self._learn = tf.function(learn, jit_compile=True, autograph=False) if self.jit_compile else learn
+        self._learn = tf.function(learn, jit_compile=self.jit_compile, autograph=False)
 
     # The schedule
 
@@ -233,13 +233,17 @@ class Controller(keras.layers.Layer):
 
     # Learning
 
-    def update(self, samples, quality) -> dict[str, tf.Tensor]:
+    def update(self, samples, quality, *, per_replica: bool = False) -> dict[str, tf.Tensor]:
         """Learns from readings of quality that share a batch.
 
+        Under a distribution strategy all replicas call it together, each with the quality on its share of the batch,
+        and all hold the same policy afterwards, to the bit.
+
         Args:
-          samples: int32 [k, D], from `sample`. Under a distribution strategy the same on all replicas.
-          quality: float32 [k], higher is better; averaged over replicas here. Readings that are not finite
-            teach nothing.
+          samples: int32 [k, D], from `sample`.
+          quality: float32 [k], higher is better. Readings that are not finite teach nothing.
+          per_replica: False: replicas read the same samples, and the mean of their qualities counts. True: each has
+            samples of its own, and the readings of all count, compared within a replica's share.
 
         Returns:
           Scalars: reward (mean of the samples), baseline, expected_cost (of the policy, in the cost's unit), entropy
@@ -250,9 +254,12 @@ class Controller(keras.layers.Layer):
         """
         self._check_configured()
         samples, quality = tf.convert_to_tensor(samples, tf.int32), tf.convert_to_tensor(quality, tf.float32)
-        replica = tf.distribute.get_replica_context()
-        if replica is not None and replica.num_replicas_in_sync > 1:
-            quality = replica.all_reduce(tf.distribute.ReduceOp.MEAN, quality)
+        if per_replica and replicas.count() > 1:
+            # Option indices are exact in float32: one message for both.
+            readings = replicas.gathered(tf.concat([tf.cast(samples, tf.float32), quality[:, None]], axis=1))
+            samples, quality = tf.cast(readings[..., :-1], tf.int32), readings[..., -1]
+        else:
+            quality = replicas.mean(quality)
         frozen = tf.logical_or(self._in_delay(), tf.convert_to_tensor(self.decided))
         new_state, new_logits, new_moments, reward, baseline = self._learn(
             [tf.convert_to_tensor(v) for v in self._state],
@@ -266,6 +273,10 @@ class Controller(keras.layers.Layer):
             tf.cast(tf.convert_to_tensor(self.step), tf.float32),
             self._shape(),
         )
+        if replicas.count() > 1:
+            # Machines that compute the same may differ in a last bit; what is drawn from must not.
+            agreed = replicas.of_first(tf.concat([tf.reshape(new_logits, [-1]), new_moments], axis=0))
+            new_logits, new_moments = tf.reshape(agreed[:-3], new_logits.shape), agreed[-3:]
         for variable, value in zip(self._state, new_state):
             variable.assign(value)
         self.logits.assign(new_logits)
@@ -279,9 +290,12 @@ class Controller(keras.layers.Layer):
 
     def _rewards(self, samples, quality, target, moments):
         """Rewards [k] of the samples, the moments updated by them, and the baseline."""
-        choices = tf.one_hot(samples, self._mask.shape[1])
-        costs = tf.stack([self._expected_cost(choices[i]) for i in range(samples.shape[0])])
-        reward = self._reward(quality, costs / target)
+        choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self._mask.shape[1])
+        if samples.shape.rank == 2:
+            costs = tf.stack([self._expected_cost(choices[i]) for i in range(samples.shape[0])])
+        else:  # of many replicas
+            costs = tf.map_fn(self._expected_cost, choices)
+        reward = self._reward(tf.reshape(quality, [-1]), costs / target)
         momentum = self.baseline_momentum
         now = tf.stack([tf.reduce_mean(reward), tf.reduce_mean(reward**2), 1.0])
         finite = tf.reduce_all(tf.math.is_finite(reward))
@@ -292,10 +306,11 @@ class Controller(keras.layers.Layer):
     def _learn_critic(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
         del step
         reward, moments, baseline = self._rewards(samples, quality, target, moments)
+        updates = critic.State(*state).updates
         state = critic.observe(critic.State(*state), samples, quality, self._critic_prior)
-        if samples.shape[0] == 1:
+        if samples.shape[-2] == 1:
             # Single readings come at every step and each tells little: the rest of the work is done for four at once.
-            due = tf.equal(tf.math.floormod(state.updates, 4.0), 0.0)
+            due = tf.floor(state.updates / 4.0) > tf.floor(updates / 4.0)
             state = tf.cond(due, lambda: critic.solve(state, self._critic_prior), lambda: state)
             frozen = tf.logical_or(frozen, tf.logical_not(due))
         else:
@@ -317,6 +332,7 @@ class Controller(keras.layers.Layer):
 
     def _learn_reinforce(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
         reward, moments, baseline = self._rewards(samples, quality, target, moments)
+        samples = tf.reshape(samples, [-1, samples.shape[-1]])
         advantage = reward - baseline
         if self.normalize_advantage:
             variance = tf.math.divide_no_nan(moments[1], moments[2]) - baseline**2
@@ -356,12 +372,15 @@ class Controller(keras.layers.Layer):
         self._check_critic()
         return np.array(tf.convert_to_tensor(self._state[critic.State._fields.index("effects")]))
 
-    def decide(self) -> np.ndarray:
+    def decide(self, agree: Callable[[np.ndarray], np.ndarray] = lambda choice: choice) -> np.ndarray:
         """Takes the decision: from now on one sample has (almost) all probability. On the host.
 
         With the critic it is the sample of highest predicted reward; for a hard target, of highest predicted quality
         with a cost within 1 % of it (or not above it), and where the menu has none, of the nearest cost. With
         REINFORCE it is the most likely sample, as in the paper.
+
+        Args:
+          agree: Where several workers decide: what makes one choice of theirs, see `replicas.agreed`.
 
         Returns:
           int32 [D].
@@ -379,6 +398,7 @@ class Controller(keras.layers.Layer):
                 float(tf.convert_to_tensor(self.target)),
                 choice,
             )
+        choice = agree(choice)
         rest = np.where(self._mask, -_DECIDED, 0.0)
         rest[np.arange(len(choice)), choice] = 0.0
         self.logits.assign(rest.astype(np.float32))

@@ -121,21 +121,22 @@ def _to_z(effects: tf.Tensor, prior: Prior) -> tf.Tensor:
 
 
 def observe(state: State, samples: tf.Tensor, quality: tf.Tensor, prior: Prior) -> State:
-    """Adds the readings of one batch to the sums. Readings that are not finite are left out, with their batch.
+    """Adds readings to the sums: of one batch, or of several. Those that are not finite are left out, with their batch.
 
     Args:
       state: What was learned before.
-      samples: int32 [k, D].
-      quality: float32 [k], read on one batch.
+      samples: int32 [k, D], or [batches, k, D].
+      quality: float32 [k], read on one batch, or [batches, k]. Readings are compared within their batch.
       prior: See `Prior`.
     """
     decisions, options = prior.profile.shape
-    readings = samples.shape[0]
+    readings = samples.shape[-2]
     size = decisions * options
-    finite = tf.reduce_all(tf.math.is_finite(quality))
-    quality = tf.where(finite, quality, tf.zeros_like(quality))
-    x = tf.reshape(tf.one_hot(samples, options), [readings, size])
-    mean_quality, mean_x = tf.reduce_mean(quality), tf.reduce_mean(x, axis=0)
+    quality = tf.reshape(quality, [-1, readings])
+    finite = tf.reduce_all(tf.math.is_finite(quality), axis=1)
+    quality = tf.where(finite[:, None], quality, tf.zeros_like(quality))
+    x = tf.reshape(tf.one_hot(samples, options), [-1, readings, size])
+    mean_quality, mean_x = tf.reduce_mean(quality, axis=1, keepdims=True), tf.reduce_mean(x, axis=1, keepdims=True)
     seen = 1.0 - _LEVEL_MOMENTUM**state.updates  # takes the bias of the zero start out of the running means
     if readings > 1:
         centred_x, centred_y, usable = x - mean_x, quality - mean_quality, finite
@@ -144,28 +145,35 @@ def observe(state: State, samples: tf.Tensor, quality: tf.Tensor, prior: Prior) 
         centred_x = x - tf.math.divide_no_nan(state.features, seen)
         centred_y = quality - tf.math.divide_no_nan(state.level, seen)
     degrees = tf.cast(max(readings - 1, 1), tf.float32)
-    missed = centred_y - tf.linalg.matvec(centred_x, tf.reshape(state.effects, [size]))
-    surprise = tf.reduce_sum(missed**2) / degrees
+    missed = centred_y - tf.reduce_sum(centred_x * tf.reshape(state.effects, [size]), axis=2)
+    surprise = tf.reduce_sum(missed**2, axis=1) / degrees
     known = tf.math.divide_no_nan(state.surprise, seen)
     limit = tf.where(state.updates > 4, _OUTLIER * known, surprise)
     weight = tf.where(usable, tf.math.divide_no_nan(limit, tf.maximum(surprise, limit)), 0.0)
-    keep = tf.where(usable, state.updates / (state.updates + 1.0), 1.0)
+    counted = tf.reduce_sum(tf.cast(usable, tf.float32))
+    keep = tf.where(counted > 0, tf.math.divide_no_nan(state.updates, state.updates + counted), 1.0)
 
-    weighted = weight * centred_x
-    in_z = _to_z(tf.reshape(centred_x, [readings, decisions, options]), prior)
+    rows, targets = tf.reshape(centred_x, [-1, size]), tf.reshape(centred_y, [-1])
+    weights = tf.repeat(weight, readings)
+    weighted = weights[:, None] * rows
+    in_z = _to_z(tf.reshape(rows, [-1, decisions, options]), prior)
+    new = tf.reduce_sum(tf.cast(finite, tf.float32))
 
-    def average(old, new):
-        return old + tf.where(finite, 1.0 - _LEVEL_MOMENTUM, 0.0) * (new - old)
+    def average(old, each):
+        """`old`, moved towards the mean over the batches as far as they would have moved it one by one."""
+        ours = tf.where(tf.reshape(finite, [-1] + [1] * (each.shape.rank - 1)), each, tf.zeros_like(each))
+        there = tf.math.divide_no_nan(tf.reduce_sum(ours, axis=0), new)
+        return old + (1.0 - _LEVEL_MOMENTUM**new) * (there - old)
 
     return state._replace(
-        gram=keep * state.gram + tf.matmul(weighted, centred_x, transpose_a=True),
-        moment=keep * state.moment + tf.linalg.matvec(weighted, centred_y, transpose_a=True),
-        information=keep * state.information + weight * tf.reduce_sum(in_z**2, axis=0),
-        square=keep * state.square + weight * tf.reduce_sum(centred_y**2),
-        count=keep * state.count + weight * degrees,
-        updates=state.updates + tf.cast(finite, tf.float32),
-        level=average(state.level, mean_quality),
-        features=average(state.features, mean_x),
+        gram=keep * state.gram + tf.matmul(weighted, rows, transpose_a=True),
+        moment=keep * state.moment + tf.linalg.matvec(weighted, targets, transpose_a=True),
+        information=keep * state.information + tf.reduce_sum(weights[:, None] * in_z**2, axis=0),
+        square=keep * state.square + tf.reduce_sum(weights * targets**2),
+        count=keep * state.count + tf.reduce_sum(weight) * degrees,
+        updates=state.updates + new,
+        level=average(state.level, mean_quality[:, 0]),
+        features=average(state.features, mean_x[:, 0]),
         surprise=average(state.surprise, tf.minimum(surprise, limit)),
     )
 

@@ -168,3 +168,35 @@ def test_the_same_compiled_or_not():
 
     for one, other in zip(update(), tf.function(update, jit_compile=True)()):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_readings_on_several_batches_are_compared_within_their_batch(k):
+    prior = critic.make_prior(None, MASK)
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, 2, (4, k, 3)).astype(np.int32)
+    quality = rng.normal(size=(4, k)).astype(np.float32)
+    start = critic.State(*[tf.zeros(s) for s in critic.state_shapes(*MASK.shape)])
+    # So that single readings have a level to be compared with.
+    start = critic.observe(start, samples[3], quality[3], prior)
+
+    def observe(batches, shift=0.0):
+        return critic.observe(start, samples[batches], quality[batches] + shift, prior)
+
+    # What was known before weighs 1 / (1 + 2) then, and each batch as it would alone, where it weighs 1 / (1 + 1).
+    both, first, second = observe([0, 1]), observe(0), observe(1)
+    for name in ("gram", "moment", "square"):
+        old = getattr(start, name)
+        expected = old / 3 + (getattr(first, name) - old / 2) + (getattr(second, name) - old / 2)
+        np.testing.assert_allclose(getattr(both, name), expected, rtol=1e-5, atol=1e-5)
+    assert float(both.updates) == 3
+    # Two batches move the running level as far as one after the other, give or take their order.
+    weights = np.array([0.9**2 * (1 - 0.9), (1 - 0.9**2) / 2, (1 - 0.9**2) / 2])
+    np.testing.assert_allclose(both.level, weights @ quality[[3, 0, 1]].mean(axis=1), rtol=1e-4)
+    if k > 1:
+        shifted = observe([0, 1], np.array([[5.0], [-3.0]], np.float32))
+        np.testing.assert_allclose(shifted.moment, both.moment, rtol=1e-4, atol=1e-4)
+    # A batch that is not finite is as if it were not there.
+    quality[1, 0] = np.nan
+    for name, spoiled, alone in zip(both._fields, observe([0, 1]), observe(0)):
+        np.testing.assert_allclose(spoiled, alone, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import normalization
+from fliqs_tf import normalization, replicas
 from fliqs_tf._keras import keras
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -23,17 +23,18 @@ _CHECK_EVERY = 16
 def fit(model, keras_fit, x, y, args, kwargs, quality_data):
     """See `SearchModel.fit`."""
     arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
-    start = int(model.controller.step)
+    start = int(tf.convert_to_tensor(model.controller.step))
     total = _total_steps(model, arguments, start)
     model.configure_controller(total, held_out=quality_data is not None)
     _create_variables(model, arguments)
     batch_size = arguments.get("batch_size") or 32
-    loop = _SearchLoop(model, start, None if quality_data is None else _endless(quality_data, batch_size))
+    batches = None if quality_data is None else _endless(quality_data, batch_size, model.distribute_strategy)
+    loop = _SearchLoop(model, start, batches)
     arguments["callbacks"] = [loop, *_as_list(arguments.get("callbacks"))]
     model.__dict__["_training_inputs"] = (x, batch_size)
     history = keras_fit(**arguments)
     model.use_sample()
-    if model.stop_training or int(model.controller.step) >= total:
+    if model.stop_training or int(tf.convert_to_tensor(model.controller.step)) >= total:
         # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
         normalization.reestimate(model.network, inputs_of((x, batch_size)))
     return history
@@ -42,7 +43,7 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data):
 def _total_steps(model, arguments, start: int) -> int:
     if model._search["steps"]:
         return model._search["steps"]
-    known = int(model.controller.total_steps)
+    known = int(tf.convert_to_tensor(model.controller.total_steps))
     first_epoch = arguments.get("initial_epoch") or 0
     if start and start >= known > 0 and not first_epoch:
         _LOG.info("The search ended at step %d: this fit trains the weights, the formats stay.", known)
@@ -74,23 +75,29 @@ def _steps_per_epoch(arguments) -> int | None:
 def _create_variables(model, arguments) -> None:
     """Creates the variables of optimizer and metrics, which Keras would create in the first training step: a step that
     creates variables is traced twice, and tracing a large network takes seconds."""
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        return
-    model.optimizer.build(model.trainable_variables)
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
     x, y = arguments["x"], arguments.get("y")
-    if isinstance(x, tf.data.Dataset):
+    if isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
         _, y, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
     outputs = model.network.outputs
     if len(outputs) != 1 or not hasattr(y, "shape"):
         return  # then the first step is traced twice
 
-    def one_example(t, shape):
-        return tf.zeros([1, *[size or 1 for size in tuple(shape)[1:]]], t.dtype)
+    def one_example(t):
+        return tf.zeros([1, *[size or 1 for size in tuple(t.shape)[1:]]], t.dtype)
 
-    y, y_pred = one_example(y, y.shape), one_example(outputs[0], outputs[0].shape)
-    model.compute_loss(None, y, y_pred, None)
-    model.__dict__.pop("_batch")
-    model.compute_metrics(None, y, y_pred, None)
+    y_spec, y_pred_spec = y, outputs[0]
+
+    def count_one_example():
+        y, y_pred = one_example(y_spec), one_example(y_pred_spec)
+        model.compute_loss(None, y, y_pred, None)
+        model.compute_metrics(None, y, y_pred, None)
+
+    if model.distribute_strategy.num_replicas_in_sync == 1:
+        count_one_example()
+    else:
+        tf.function(lambda: model.distribute_strategy.run(count_one_example), autograph=False)()
     model.reset_metrics()
 
 
@@ -100,10 +107,9 @@ class _SearchLoop(keras.callbacks.Callback):
     def __init__(self, search_model, start: int, batches):
         super().__init__()
         self.search_model, self.step, self.batches = search_model, start, batches
-        self.batch_size = None
         self.strategy = search_model.distribute_strategy
         self.draw, self.read, self.learn = _reading_functions(search_model)
-        self.decided = bool(search_model.controller.decided.numpy())
+        self.decided = bool(tf.convert_to_tensor(search_model.controller.decided))
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
@@ -117,35 +123,27 @@ class _SearchLoop(keras.callbacks.Callback):
         if self.decided:
             return
         if self.step >= controller.decided_at():
-            controller.decide()
+            with self.strategy.scope():
+                controller.decide(lambda choice: replicas.agreed(choice, self.strategy))
             self.search_model.use_sample()
             self.decided = True
-        elif self.batches is not None and self.step // search["every"] > before // search["every"]:
-            self._read()
+        elif self.batches is not None:
+            # With steps_per_execution several may be due.
+            every = search["every"]
+            for reading in range(before // every + 1, self.step // every + 1):
+                self._read(reading * every - 1)
 
     def on_epoch_end(self, epoch, logs=None):
         self._check_finite()
 
-    def _read(self):
-        data = self._next_batch()
-        samples = self._local(self.draw())
-        quality = [self._local(self.read(data, sample)) for sample in tf.unstack(samples)]
-        self.learn(samples, tf.stack(quality))
-
-    def _next_batch(self):
-        # A shorter last batch would mean a second trace, and its readings have another noise.
-        for data in self.batches:
-            size = tf.nest.flatten(self._local(data))[0].shape[0]
-            self.batch_size = self.batch_size or size
-            if size == self.batch_size:
-                return data
-        raise ValueError("quality_data has no batch.")
-
-    def _local(self, value):
-        return tf.nest.map_structure(lambda v: self.strategy.experimental_local_results(v)[0], value)
+    def _read(self, step: int):
+        data = next(self.batches)
+        samples = self.draw(tf.constant(step))
+        k = self.search_model._search["samples"]
+        self.learn(samples, [self.read(data, samples, tf.constant(i)) for i in range(k)])
 
     def _check_finite(self):
-        bad = int(self.search_model.bad_step)
+        bad = int(tf.convert_to_tensor(self.search_model.bad_step))
         if bad >= 0:
             raise FloatingPointError(
                 f"The loss was not finite at step {bad}. Stopped: go back to a checkpoint from before it, and lower "
@@ -158,21 +156,49 @@ def _reading_functions(model) -> tuple:
     search, strategy = model._search, model.distribute_strategy
     if "functions" not in search:
         search["functions"] = (
-            tf.function(lambda: strategy.run(model.draw_for_reading)),
-            tf.function(lambda data, sample: strategy.run(model.read_quality, (data, sample))),
-            tf.function(lambda samples, quality: strategy.run(model.learn, (samples, quality))),
+            tf.function(lambda step: strategy.run(model.draw_for_reading, (step,))),
+            # A replica's samples stay where they were drawn.
+            tf.function(lambda data, samples, i: strategy.run(_read_one(model), (data, samples, i))),
+            tf.function(lambda samples, qualities: strategy.run(_learn(model), (samples, qualities))),
         )
     return search["functions"]
 
 
-def _endless(quality_data, batch_size: int):
-    """Batches of quality data, over and over."""
+def _read_one(model):
+    return lambda data, samples, i: model.read_quality(data, samples[i])
+
+
+def _learn(model):
+    return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
+
+
+def _endless(quality_data, batch_size: int, strategy: tf.distribute.Strategy):
+    """Batches of quality data, over and over, each shared by the replicas."""
+    if isinstance(quality_data, tf.distribute.DistributedDataset):
+        while True:  # each worker has its own share: how it is repeated is the caller's
+            yield from quality_data
     if not isinstance(quality_data, tf.data.Dataset):
         options = tf.data.Options()
         options.autotune.enabled = False
         quality_data = tf.data.Dataset.from_tensor_slices(tuple(quality_data)).batch(batch_size).with_options(options)
-    while True:
-        yield from quality_data
+    dataset = _whole_batches(quality_data).repeat()
+    if strategy.num_replicas_in_sync > 1:
+        dataset = strategy.experimental_distribute_dataset(dataset)
+    yield from dataset
+    raise ValueError("quality_data has no batch.")
+
+
+def _whole_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The batches that are as large as the first one. Another size would mean a second trace and other noise."""
+    sizes = {spec.shape[0] for spec in tf.nest.flatten(dataset.element_spec)}
+    if None not in sizes:
+        return dataset
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("quality_data has no batch.")
+    size = tf.nest.flatten(first)[0].shape[0]
+    whole = dataset.filter(lambda *batch: tf.shape(tf.nest.flatten(batch)[0])[0] == size)
+    return whole.map(lambda *batch: tf.nest.map_structure(lambda t: tf.ensure_shape(t, [size, *t.shape[1:]]), batch))
 
 
 def inputs_of(data):
@@ -180,7 +206,7 @@ def inputs_of(data):
     batch_size = None
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], int):
         data, batch_size = data
-    if isinstance(data, tf.data.Dataset):
+    if isinstance(data, (tf.data.Dataset, tf.distribute.DistributedDataset)):
         batches = (b[0] if isinstance(b, tuple) else b for b in data)
     elif all(hasattr(a, "shape") for a in tf.nest.flatten(data)):
         batches = _slices(data, batch_size or 32)

@@ -21,24 +21,23 @@ def batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
 
 
 @contextlib.contextmanager
-def batch_statistics(model: keras.Model, store_rate: tf.Tensor | None = None):
-    """Within it, batch normalization uses the statistics of the batch, whatever `training` says.
+def batch_statistics(model: keras.Model, found: dict | None = None):
+    """Within it, batch normalization uses the statistics of the batch, whatever `training` says, and stores nothing.
 
     Args:
       model: All its batch normalization layers are meant, but frozen ones, which use their averages in training too.
-      store_rate: None: nothing is stored. A scalar r: moving averages move by r towards the batch's statistics;
-        r = 1, 1/2, 1/3, ... over batches gives their plain mean.
+      found: Gets layer -> [(mean, variance) of each call].
     """
     layers = batch_norms(model)
 
     def normalizer(layer):
-        return lambda x, training=None, mask=None: _normalize(layer, x, store_rate)
+        return lambda x, training=None, mask=None: _normalize(layer, x, found)
 
     with trace.overridden_calls({layer: normalizer(layer) for layer in layers}):
         yield
 
 
-def _normalize(layer, x, store_rate):
+def _normalize(layer, x, found):
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
     axis %= x.shape.rank
     channels = x.shape[axis]
@@ -55,14 +54,16 @@ def _normalize(layer, x, store_rate):
         shape = [channels if a == axis else 1 for a in range(x.shape.rank)]
         scale = gamma * tf.math.rsqrt(variance + layer.epsilon)
         y = tf.cast(x, tf.float32) * tf.reshape(scale, shape) + tf.reshape(beta - mean * scale, shape)
-    if store_rate is not None:
-        for stored, batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-            stored.assign(stored + store_rate * (tf.cast(batch, stored.dtype) - stored))
+    if found is not None:
+        found.setdefault(layer, []).append((mean, variance))
     return tf.cast(y, x.dtype)
 
 
 def reestimate(model: keras.Model, batches) -> int:
     """Replaces the moving averages by the mean of the batches' statistics. Forward passes only.
+
+    Under a distribution strategy every replica takes its share of each batch, as if it were a batch of its own. All
+    workers must call it together, with as many batches.
 
     Args:
       model: Its formats must be set.
@@ -71,15 +72,36 @@ def reestimate(model: keras.Model, batches) -> int:
     Returns:
       The number of batches used; 0 leaves the averages as they are.
     """
-    if not batch_norms(model):
+    layers, strategy = batch_norms(model), model.distribute_strategy
+    if not layers:
         return 0
+
+    def statistics(x):
+        found = {}
+        with batch_statistics(model, found):
+            model(x, training=False)
+        # Of a layer that is called several times, the mean over its calls.
+        return [[tf.reduce_mean(tf.stack(kind), axis=0) for kind in zip(*found[layer])] for layer in layers]
 
     @tf.function(reduce_retracing=True)
     def step(x, rate):
-        with batch_statistics(model, rate):
-            model(x, training=False)
+        for layer, values in zip(layers, strategy.run(statistics, (x,))):
+            for stored, value in zip((layer.moving_mean, layer.moving_variance), values):
+                value = strategy.reduce("MEAN", value, axis=None)
+                stored.assign(stored + rate * (tf.cast(value, stored.dtype) - stored))
 
-    count = 0
-    for count, x in enumerate(batches, 1):
+    replicas, count = strategy.num_replicas_in_sync, 0
+    for x in batches:
+        if replicas > 1 and not isinstance(x, tf.distribute.DistributedValues):
+            if tf.nest.flatten(x)[0].shape[0] < replicas:
+                continue
+            x = strategy.experimental_distribute_values_from_function(_share_of(x, replicas))
+        count += 1
         step(x, tf.constant(1 / count, tf.float32))
     return count
+
+
+def _share_of(x, replicas: int):
+    return lambda context: tf.nest.map_structure(
+        lambda t: tf.convert_to_tensor(t)[context.replica_id_in_sync_group :: replicas], x
+    )

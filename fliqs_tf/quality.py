@@ -10,7 +10,7 @@ from fliqs_tf._keras import keras
 
 
 def quality_function(quality) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
-    """(loss, y_true, y_pred) -> scalar, larger is better.
+    """(loss, y_true, y_pred) -> scalar, larger is better. Under a distribution strategy: of a replica's share.
 
     Args:
       quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> number or one

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import rounding
+from fliqs_tf import replicas, rounding
 from fliqs_tf._keras import add_state, keras
 from fliqs_tf.space import Space
 
@@ -81,7 +81,7 @@ class ActivationQuantizer(Quantizer):
     """Quantizes an activation with one scale per tensor, amax from a moving average of the batches' amax.
 
     The average is zero-debiased: `range` holds the average and the decayed sum of weights. It moves in training only.
-    Before any training, amax is the batch's own.
+    Before any training, amax is the batch's own. Under a distribution strategy the batch is that of all replicas.
 
     Args:
       formats: The menu, anything that `Space` takes. All formats share the range.
@@ -99,12 +99,12 @@ class ActivationQuantizer(Quantizer):
         if not 0 < clip <= 1:
             raise ValueError(f"clip must be in (0, 1], got {clip}.")
         self.momentum, self.clip = momentum, clip
-        self.range = add_state(self, "range", (2,), "float32", initial=0, averaged=True)
+        self.range = add_state(self, "range", (2,), "float32")
 
     def call(self, x, training=False):
         seen = tf.convert_to_tensor(self.range)
         if training and self.trainable:
-            largest = rounding.absolute_max(x)
+            largest = replicas.maximum(rounding.absolute_max(x))
             moved, amax = _moved_range(largest, seen, self.momentum)
             self.range.assign(moved)
             amax = amax * self.clip

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import costs, fitting, normalization, rewards, wrapping
-from fliqs_tf._keras import IS_KERAS_3, add_state, keras
+from fliqs_tf import costs, fitting, normalization, replicas, rewards, wrapping
+from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
 from fliqs_tf.profile import Profile
@@ -84,6 +85,8 @@ class SearchModel(keras.Model):
         self.profile = profile
         self._example_shape = input_shape
         self._search = {}
+        # What Keras keeps to itself of the batch at work. The replicas of a strategy are threads.
+        self._batch = threading.local()
         self.controller = self._new_controller(controller or {})
         # What the progress bar shows between two updates of the controller, and which step first went wrong.
         self.readout = add_state(self, "readout", (4,), "float32")
@@ -129,6 +132,7 @@ class SearchModel(keras.Model):
         quality_samples=4,
         search_steps=None,
         seed=0,
+        sample_per_replica=False,
         controller=None,
         **kwargs,
     ):
@@ -148,12 +152,16 @@ class SearchModel(keras.Model):
           quality_samples: Samples compared on the same held-out batch at a reading (our choice: 4).
           search_steps: Steps until the formats are decided. None: all steps of the first `fit`.
           seed: Of the draws.
+          sample_per_replica: Under a distribution strategy: False: replicas compute with the same sample, and quality
+            is that of the whole batch. True: each draws its own, reads its share of the batch, and all readings
+            count: more samples, noisier each.
           controller: Options of `Controller`, a dict. A new one makes a new controller; None keeps what was learned.
 
         Raises:
           ValueError: A target out of reach (prints the reachable range), unknown names, a reward that needs positive
             quality with quality="loss".
         """
+        check_strategy(self.distribute_strategy)
         if quality_every < 1 or quality_samples < 2:
             raise ValueError(
                 f"quality_every must be 1 or more and quality_samples 2 or more, got {quality_every} and "
@@ -184,6 +192,7 @@ class SearchModel(keras.Model):
             "samples": quality_samples,
             "steps": search_steps,
             "seed": seed,
+            "per_replica": bool(sample_per_replica),
             "held_out": False,
         }
         self._search_config = {
@@ -195,6 +204,7 @@ class SearchModel(keras.Model):
             "quality_samples": quality_samples,
             "search_steps": search_steps,
             "seed": seed,
+            "sample_per_replica": bool(sample_per_replica),
         }
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
@@ -275,12 +285,11 @@ class SearchModel(keras.Model):
         sample = self._draw(1)[0]
         self._assign(sample)
         logs = super().train_step(data)
-        loss, y, y_pred = self.__dict__.pop("_batch")
+        quality, loss = self._quality_of_batch()
         step = tf.convert_to_tensor(self.controller.step)
         first_bad = (self.bad_step < 0) & ~tf.math.is_finite(loss)
         self.bad_step.assign(tf.where(first_bad, step, self.bad_step))
         if not search["held_out"]:
-            quality = self._across_replicas(search["quality"](loss, y, y_pred))
             self._learn(sample[None], quality[None])
         switched = tf.reduce_mean(tf.cast(sample != tf.convert_to_tensor(self.previous_sample), tf.float32))
         self.previous_sample.assign(sample)
@@ -296,21 +305,40 @@ class SearchModel(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs):
         loss = super().compute_loss(x, y, y_pred, sample_weight, **kwargs)
-        # Keras keeps the batch's loss and predictions to itself; the step that called reads them from here.
-        self.__dict__["_batch"] = (loss, y, y_pred)
+        self._batch.values = (loss, y, y_pred)
         return loss
 
-    def draw_for_reading(self) -> tf.Tensor:
-        """Samples to compare on one batch, int32 [quality_samples, decisions]: the first is the one that the last
-        training step used."""
-        return self._draw(self._search["samples"], self.controller.step - 1)
+    def _quality_of_batch(self):
+        """(quality, loss) of the batch whose loss was computed last: over all replicas, or, of quality, over this one's
+        share if each has its own sample."""
+        loss, y, y_pred = self._batch.values
+        del self._batch.values
+        # Keras divides the loss of a replica's share by the number of replicas.
+        loss = tf.cast(loss, tf.float32) * replicas.count()
+        quality = self._search["quality"](loss, y, y_pred)
+        both = replicas.mean(tf.stack([quality, loss]))
+        return quality if self._search["per_replica"] else both[0], both[1]
+
+    def draw_for_reading(self, step=None) -> tf.Tensor:
+        """Samples to compare on one batch, int32 [quality_samples, decisions].
+
+        Args:
+          step: The training step that the reading follows; None: the last one.
+        """
+        return self._draw(self._search["samples"], self.controller.step - 1 if step is None else step)
 
     def _draw(self, k, step=None):
         step = tf.convert_to_tensor(self.controller.step if step is None else step)
-        return self.controller.sample(tf.stack([tf.constant(self._search["seed"], tf.int32), step]), k)
+        seed = tf.constant(self._search["seed"], tf.int32)
+        if self._search["per_replica"]:
+            # Far from the seeds that people take; the first replica draws what it would draw alone.
+            seed = tf.bitwise.bitwise_xor(seed, replicas.index() * 0x3C6EF35F)
+        return self.controller.sample(tf.stack([seed, step]), k)
 
     def read_quality(self, data, sample) -> tf.Tensor:
         """Quality of a sample on a batch, which changes no weight, no stored statistic and no metric.
+
+        Under a distribution strategy: the mean over replicas, or with `sample_per_replica` that of the replica's share.
 
         Args:
           data: (x, y) or (x, y, sample_weight).
@@ -325,9 +353,8 @@ class SearchModel(keras.Model):
         before = [tf.identity(tf.convert_to_tensor(v)) for v in states]
         with normalization.batch_statistics(self.network):
             y_pred = self(x, training=False)
-        loss = self.compute_loss(x, y, y_pred, sample_weight)
-        self.__dict__.pop("_batch")
-        quality = self._across_replicas(self._search["quality"](loss, y, y_pred))
+        self.compute_loss(x, y, y_pred, sample_weight)
+        quality, _ = self._quality_of_batch()
         for variable, value in zip(states, before):  # tf_keras counts the loss as it computes it
             variable.assign(value)
         return quality
@@ -338,10 +365,9 @@ class SearchModel(keras.Model):
         self._assign(self.controller.most_likely())
 
     def _learn(self, samples, quality):
-        result = self.controller.update(samples, quality)
-        self.readout.assign(
-            tf.stack([result["reward"], result["baseline"], tf.reduce_mean(quality), self.controller.beta()])
-        )
+        result = self.controller.update(samples, quality, per_replica=self._search["per_replica"])
+        mean_quality = replicas.mean(tf.reduce_mean(quality))
+        self.readout.assign(tf.stack([result["reward"], result["baseline"], mean_quality, self.controller.beta()]))
 
     def use_sample(self, sample=None) -> None:
         """Sets the formats that the model computes with: int32 [decisions]; None: the most likely ones.
@@ -354,13 +380,6 @@ class SearchModel(keras.Model):
         for option, decision in zip(tf.unstack(sample), self.decisions):
             for choice in decision.choices:
                 choice.assign(option)
-
-    @staticmethod
-    def _across_replicas(value):
-        context = tf.distribute.get_replica_context()
-        if context is None or context.num_replicas_in_sync == 1:
-            return value
-        return context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
 
     # ---- results
 

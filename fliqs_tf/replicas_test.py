@@ -1,0 +1,200 @@
+"""Searches under a distribution strategy: two replicas on two logical devices of the CPU (see conftest.py)."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fliqs_tf
+from fliqs_tf import replicas
+from fliqs_tf._keras import IS_KERAS_3, check_strategy, keras
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(64, 6, 6, 1)).astype(np.float32)
+LABELS = (IMAGES[:, :3].sum(axis=(1, 2, 3)) > IMAGES[:, 3:].sum(axis=(1, 2, 3))).astype(np.int64)
+# Compiling the controller takes longer than running it for these few steps.
+PLAIN = {"jit_compile": False, "delay": 0.0}
+QUALITY = (IMAGES[48:], LABELS[48:])
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def network():
+    # Without batch normalization, whose statistics are those of a replica's share.
+    return keras.Sequential(
+        [
+            keras.layers.Input((6, 6, 1)),
+            keras.layers.Conv2D(3, 3, activation="relu", name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, name="logits"),
+        ]
+    )
+
+
+def compiled(**options):
+    keras.utils.set_random_seed(1)
+    qmodel = fliqs_tf.wrap(network(), ["INT4", "INT8"])
+    qmodel.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **{"target_cost": "0.625x INT8", "controller": PLAIN, **options},
+    )
+    return qmodel
+
+
+class EveryReplica(keras.callbacks.Callback):
+    """Keeps what each replica holds after every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        strategy, controller = self.model.distribute_strategy, self.model.controller
+        held = [controller.logits, self.model.readout, controller.reward_moments]  # readout: reward, baseline, ...
+        held += [q.range for d in self.model.decisions for q in d.quantizers if hasattr(q, "range")]
+        held += [c for d in self.model.decisions for c in d.choices]
+        values = [getattr(v, "_value", v) if IS_KERAS_3 else v for v in held]
+        self.steps.append([[v.numpy() for v in strategy.experimental_local_results(value)] for value in values])
+
+
+def searched(strategy, held_out, epochs=2, **options):
+    with strategy.scope():
+        qmodel = compiled(quality_every=1, quality_samples=2, **options)
+    seen = EveryReplica()
+    qmodel.fit(
+        IMAGES[:48],
+        LABELS[:48],
+        batch_size=16,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[seen],
+        quality_data=tf.data.Dataset.from_tensor_slices(QUALITY).batch(16) if held_out else None,
+    )
+    return qmodel, seen.steps
+
+
+def weights(qmodel):
+    return np.concatenate([np.ravel(w) for w in qmodel.network.get_weights()])
+
+
+@pytest.mark.parametrize(("held_out", "estimator"), [(True, "critic"), (False, "reinforce")])
+def test_two_replicas_with_half_the_batch_end_as_one_with_all_of_it(strategy, held_out, estimator):
+    controller = {**PLAIN, "estimator": estimator}
+    two, steps = searched(strategy, held_out, controller=controller)
+    one, alone = searched(tf.distribute.get_strategy(), held_out, controller=controller)
+    assert len(steps) == len(alone) == 6
+    for (logits, *step), ((expected_logits,), *expected) in zip(steps, alone):
+        # The closed form of the critic's policy is found by a search with a grid: to three digits.
+        np.testing.assert_allclose(tf.nn.softmax(logits[0]), tf.nn.softmax(expected_logits), atol=2e-3)
+        for (first, second), (whole,) in zip([logits, *step], [[logits[0]], *expected]):
+            np.testing.assert_array_equal(first, second)
+            # Sums in another order. One rounding that falls the other way would show as 1e-2.
+            np.testing.assert_allclose(first, whole, rtol=1e-4, atol=1e-5)
+    assert np.ptp(steps[-2][0][0]) > 0  # something was learned
+    np.testing.assert_allclose(weights(two), weights(one), rtol=1e-4, atol=1e-5)
+    assert two.recipe() == one.recipe()
+
+
+def test_replicas_with_samples_of_their_own(strategy):
+    qmodel, steps = searched(strategy, True, sample_per_replica=True)
+    for step in steps:
+        for first, second in step:
+            np.testing.assert_array_equal(first, second)
+
+    def draws():
+        draw = tf.function(lambda: strategy.run(lambda: qmodel.draw_for_reading(3)))
+        return [sample.numpy().tolist() for sample in strategy.experimental_local_results(draw())]
+
+    qmodel.controller.logits.assign(tf.zeros((2, 2)))
+    first, second = draws()
+    assert first != second
+    assert first == qmodel.draw_for_reading(3).numpy().tolist()
+    qmodel.compile(loss="mse", target_cost="0.625x INT8", quality_samples=2)
+    first, second = draws()
+    assert first == second
+    # Readings on each of 2 shares of the batch, after 5 of the 6 steps: the decision was taken at the last.
+    updates = qmodel.controller._state[fliqs_tf.critic.State._fields.index("updates")]
+    assert float(tf.convert_to_tensor(updates)) == 10
+
+
+def test_pooled_policy_gradient_is_that_of_all_samples(strategy):
+    samples = np.array([[[0, 1, 1], [1, 0, 1]], [[1, 1, 0], [0, 0, 0]]], np.int32)
+    quality = np.array([[-0.3, -0.5], [-0.2, -0.9]], np.float32)
+
+    def controller():
+        made = fliqs_tf.Controller([2, 2, 2], estimator="reinforce", jit_compile=False, delay=0.0)
+        price = np.array([[4.0, 8.0]] * 3, np.float32)
+        made.configure(
+            expected_cost=lambda p: tf.reduce_sum(p * price), cost=None, target=15.0, reward="absolute", total_steps=9
+        )
+        made.advance()
+        return made
+
+    with strategy.scope():
+        two = controller()
+
+    @tf.function
+    def step():
+        return strategy.run(
+            lambda: two.update(
+                tf.gather(samples, replicas.index()), tf.gather(quality, replicas.index()), per_replica=True
+            )["reward"]
+        )
+
+    reward = strategy.experimental_local_results(step())
+    one = controller()
+    expected = one.update(samples.reshape(4, 3), quality.reshape(4))["reward"]
+    # Costs 20, 20, 20 and 12 at a target of 15.
+    np.testing.assert_allclose(expected, (quality.sum() - 3 * 5 / 15 - 3 / 15) / 4, rtol=1e-6)
+    np.testing.assert_array_equal(reward, [expected, expected])
+    logits = tf.convert_to_tensor(two.logits)
+    assert np.ptp(logits) > 0.01
+    np.testing.assert_allclose(logits, tf.convert_to_tensor(one.logits), rtol=1e-6)
+
+
+def test_what_replicas_tell_each_other(strategy):
+    values = np.array([[1.0, -np.inf, 3.0], [2.0, -7.0, -np.inf]], np.float32)
+
+    @tf.function
+    def exchange():
+        def step():
+            own = tf.gather(values, replicas.index())
+            return replicas.gathered(own), replicas.maximum(own), replicas.of_first(own), replicas.mean(own[0])
+
+        return strategy.run(step)
+
+    for local in zip(*(strategy.experimental_local_results(v) for v in exchange())):
+        for found, expected in zip(local, (values, [2.0, -7.0, 3.0], values[0], 1.5)):
+            np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(replicas.gathered(tf.constant([1.0])), [[1.0]])
+    np.testing.assert_array_equal(replicas.agreed(np.array([3, 0]), strategy), [3, 0])
+
+
+def test_the_whole_step_compiles_once(monkeypatch):
+    traces = []
+    original = fliqs_tf.SearchModel.train_step
+    monkeypatch.setattr(fliqs_tf.SearchModel, "train_step", lambda self, data: traces.append(1) or original(self, data))
+    qmodel = compiled(jit_compile=True, controller={"delay": 0.0}, steps_per_execution=2)
+    data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(16, drop_remainder=True)
+    logs = qmodel.fit(data, epochs=2, verbose=0).history
+    first = len(traces)
+    before = np.array(tf.convert_to_tensor(qmodel.controller.step))
+    logs = qmodel.fit(data, epochs=4, verbose=0).history
+    assert len(traces) == first <= 2 and before == 8
+    assert np.isfinite(logs["loss"]).all() and np.isfinite(logs["reward"]).all()
+
+
+def test_keras_3_names_the_way_out_for_other_strategies():
+    class TPUStrategyV2:
+        """Stands for TPUStrategy, which cannot be made without a TPU."""
+
+    if not IS_KERAS_3:
+        check_strategy(TPUStrategyV2())
+        return
+    with pytest.raises(ValueError, match="TPUStrategyV2 does not work with Keras 3.*Set TF_USE_LEGACY_KERAS=1 before"):
+        check_strategy(TPUStrategyV2())
