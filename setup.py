@@ -18,6 +18,7 @@ BINARIES = [
     "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not ask for it
     *PLOTS,
 ]
+EXPORT = ["ai-edge-litert>=2.1", "flatbuffers>=24.3"]
 LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
 SAFETENSORS = ["safetensors>=0.4"]
 TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5", *SAFETENSORS]
@@ -37,8 +38,9 @@ setup(
         "plots": PLOTS,
         "binaries": BINARIES,
         "legacy": LEGACY,
+        "export": EXPORT,
         "safetensors": SAFETENSORS,
-        "tests": [*BINARIES, *LEGACY, *TESTS],
-        "dev": [*BINARIES, *LEGACY, *TESTS, "ruff>=0.14", "import-linter>=2.5", "pre-commit>=4.0"],
+        "tests": [*BINARIES, *LEGACY, *EXPORT, *TESTS],
+        "dev": [*BINARIES, *LEGACY, *EXPORT, *TESTS, "ruff>=0.14", "import-linter>=2.5", "pre-commit>=4.0"],
     },
 )

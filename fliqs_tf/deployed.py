@@ -113,14 +113,15 @@ def quantized_weights(path: str, layer: Quantized) -> dict[str, QuantizedWeight]
     """
     kernels = trace.kernels(layer.quantized_layer)
     return {
-        kernel.attribute: _quantized(
+        kernel.attribute: quantized_weight(
             f"{path}/{kernel.attribute}", quantizer, float_value(getattr(layer.quantized_layer, kernel.attribute))
         )
         for kernel, quantizer in zip(kernels, layer.weight_quantizers)
     }
 
 
-def _quantized(name: str, quantizer, weight: tf.Tensor) -> QuantizedWeight:
+def quantized_weight(name: str, quantizer, weight: tf.Tensor) -> QuantizedWeight:
+    """What a fixed quantizer makes of a weight. `name` and errors as for `quantized_weights`."""
     weight = tf.cast(weight, tf.float32)
     fmt = format_of(quantizer)
     computed = quantizer.call(weight).numpy()

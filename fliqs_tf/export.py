@@ -24,3 +24,17 @@ def load_packed(path, *, custom_objects=None):
     from fliqs_tf import export_packed
 
     return export_packed.load_packed(path, custom_objects=custom_objects)
+
+
+def tflite(final, path, representative=None, **options):
+    """Writes a deployed model to a `.tflite` file with integer kernels; see `export_tflite.tflite`."""
+    from fliqs_tf import export_tflite
+
+    return export_tflite.tflite(final, path, representative, **options)
+
+
+def check(final, path, data):
+    """Compares a `.tflite` file with the Keras model on data; see `export_check.check`."""
+    from fliqs_tf import export_check
+
+    return export_check.check(final, path, data)

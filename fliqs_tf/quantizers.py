@@ -100,13 +100,23 @@ class ActivationQuantizer(Quantizer):
             raise ValueError(f"clip must be in (0, 1], got {clip}.")
         self.momentum, self.clip = momentum, clip
         self.range = add_state(self, "range", (2,), "float32")
+        # Functions, not layers: a quantizer belongs to its own layer, whoever it follows.
+        self.__dict__["_followers"], self.__dict__["_follows"] = [], False
+
+    def follow(self, leader: ActivationQuantizer) -> None:
+        """Takes the range of a quantizer that rounds the same values before this one does, now and in training."""
+        if leader.range[1] > 0:
+            self.range.assign(leader.range)
+        leader._followers.append(self.range.assign)
+        self.__dict__["_follows"] = True
 
     def call(self, x, training=False):
         seen = tf.convert_to_tensor(self.range)
-        if training and self.trainable:
+        if training and self.trainable and not self._follows:
             largest = replicas.maximum(rounding.absolute_max(x))
             moved, amax = _moved_range(largest, seen, self.momentum)
-            self.range.assign(moved)
+            for assign in (self.range.assign, *self._followers):
+                assign(moved)
             amax = amax * self.clip
             return rounding.quantize(x, amax, self.format_row(), saturates=largest > amax)
         return rounding.quantize(x, _amax(x, seen) * self.clip, self.format_row())

@@ -1,0 +1,357 @@
+"""Carriers: the int8 tensors between the layers of an integer network.
+
+The search gives a format to the input of every quantized layer. Integer kernels (LiteRT's) also hand int8 tensors to
+additions, pooling, concatenation, to several layers at once, and out of the network. A carrier is an
+`ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and makes
+the Keras model compute what the integer network will.
+
+Where a value goes straight into one quantized layer there is none: the kernel before writes that layer's codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import tensorflow as tf
+
+from fliqs_tf import topology, trace
+from fliqs_tf._keras import IS_KERAS_3, keras
+from fliqs_tf.quantized import Quantized
+from fliqs_tf.quantizers import ActivationQuantizer
+
+_LAYERS = keras.layers
+FORMAT = "INT8"
+SUFFIX = "_carrier"
+
+# What is not there at inference.
+IDENTITIES = tuple(
+    getattr(_LAYERS, name)
+    for name in ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout")
+    + ("AlphaDropout", "ActivityRegularization")
+    if hasattr(_LAYERS, name)
+)
+# They move values or pick among them: to quantize before or after is the same.
+COMMUTING = (
+    *IDENTITIES,
+    _LAYERS.MaxPooling2D,
+    _LAYERS.GlobalMaxPooling2D,
+    _LAYERS.Flatten,
+    _LAYERS.Reshape,
+    _LAYERS.ZeroPadding2D,
+    _LAYERS.UpSampling2D,
+    _LAYERS.Concatenate,
+)
+# They compute, and have integer kernels.
+COMPUTING = (
+    _LAYERS.BatchNormalization,
+    _LAYERS.Add,
+    _LAYERS.Multiply,
+    _LAYERS.AveragePooling2D,
+    _LAYERS.GlobalAveragePooling2D,
+)
+
+
+def activation(layer) -> str:
+    """Name of a layer's activation; integer kernels do "linear", "relu" and "relu6" by themselves.
+
+    Args:
+      layer: Any; "linear" for one that has no activation.
+    """
+    if isinstance(layer, _LAYERS.ReLU):
+        plain = not layer.negative_slope and not layer.threshold
+        name = {None: "relu", 6: "relu6"}.get(layer.max_value) if plain else None
+        return name or f"ReLU({layer.max_value}, {layer.negative_slope}, {layer.threshold})"
+    function = getattr(getattr(layer, "quantized_layer", layer), "activation", None)
+    return "linear" if function is None else getattr(function, "__name__", type(function).__name__)
+
+
+def is_activation(layer) -> bool:
+    """True for a layer that is nothing but a ReLU or ReLU6."""
+    return isinstance(layer, (_LAYERS.ReLU, _LAYERS.Activation)) and activation(layer) in ("relu", "relu6")
+
+
+def commutes(layer) -> bool:
+    """True if quantizing the layer's inputs is the same as quantizing its output."""
+    return isinstance(layer, COMMUTING) or is_activation(layer)
+
+
+def swallowed(graph: topology.Topology) -> set[int]:
+    """Values that do not exist in an integer network: the kernel that makes them goes on to the next step.
+
+    A convolution takes batch normalization with it; it, normalization and addition take a ReLU.
+    """
+    readers, found = graph.readers(), set()
+    made_by = {call.output: call for call in graph.calls}
+    for value, reading in readers.items():
+        if value not in made_by or len(reading) > 1 or value in graph.outputs:
+            continue
+        maker, reader = made_by[value].layer, reading[0].layer
+        linear = bool(trace.kernels(getattr(maker, "quantized_layer", maker))) and activation(maker) == "linear"
+        if isinstance(reader, _LAYERS.BatchNormalization):
+            if linear and has_channels_last(reader, maker):
+                found.add(value)
+        elif is_activation(reader) and (linear or isinstance(maker, (_LAYERS.BatchNormalization, _LAYERS.Add))):
+            found.add(value)
+    return found
+
+
+def has_channels_last(norm, maker) -> bool:
+    """True if a batch normalization scales the output channels of the layer before it."""
+    axis = norm.axis[0] if isinstance(norm.axis, (list, tuple)) else norm.axis
+    maker = getattr(maker, "quantized_layer", maker)
+    channels = getattr(maker, "units", getattr(maker, "filters", None))
+    if channels is None:  # a depthwise convolution, or EinsumDense
+        return isinstance(maker, _LAYERS.DepthwiseConv2D) and axis in (-1, 3)
+    return axis == -1 or (axis == 3 and hasattr(maker, "filters")) or (axis == 1 and hasattr(maker, "units"))
+
+
+def places(model: keras.Model) -> list[str]:
+    """Paths of the layers behind which an integer network needs a carrier.
+
+    A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
+    """
+    graph = topology.read(model)
+    inside, readers, integer = swallowed(graph), graph.readers(), _integer_values(graph)
+    carried: dict[int, str] = {}
+    ends: dict[int, set[tuple[str, int]]] = {}
+    for call in reversed(graph.calls):
+        value = call.output
+        found = {("output", value)} if value in graph.outputs else set()
+        for reader in readers.get(value, ()):
+            if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
+                found.add(("quantizer", reader.output))
+            elif value in inside or commutes(reader.layer):
+                found |= {("quantizer", reader.output)} if reader.output in carried else ends[reader.output]
+            else:
+                found.add(("operation", reader.output))
+        ends[value] = found
+        is_direct = len(found) == 1 and next(iter(found))[0] == "quantizer"
+        is_carrier = isinstance(call.layer, ActivationQuantizer)
+        if found and value in integer and value not in inside and not is_direct and not is_carrier:
+            carried[value] = call.path
+    # What only moves carried codes needs no second carrier.
+    for call in graph.calls:
+        if call.output in carried and commutes(call.layer) and len(call.inputs) == 1 and call.inputs[0] in carried:
+            del carried[call.output]
+    return list(dict.fromkeys(carried[call.output] for call in graph.calls if call.output in carried))
+
+
+def _integer_values(graph: topology.Topology) -> set[int]:
+    """Values that a kernel with int8 output may make, given the menus of the quantized layers."""
+    found: set[int] = set()
+    for call in graph.calls:
+        known = [value in found for value in call.inputs]
+        if (
+            isinstance(call.layer, ActivationQuantizer)
+            or _is_integer(call.layer, any)
+            or (isinstance(call.layer, COMPUTING) and all(known))
+            or (commutes(call.layer) and any(known))
+        ):
+            found.add(call.output)
+    return found
+
+
+def is_integer(fmt) -> bool:
+    """True for a format that integer kernels compute with: INT2 to INT8."""
+    return fmt.is_integer and fmt.bits <= 8
+
+
+def _is_integer(layer, how) -> bool:
+    """Whether `how` (any, all) of the formats of a quantized layer are integers of 8 bits or fewer."""
+    if not isinstance(layer, Quantized) or layer.activation_quantizer is None:
+        return False
+    menus = (layer.weight_quantizers[0].space.formats, layer.activation_quantizer.space.formats)
+    return all(how(is_integer(fmt) for fmt in menu) for menu in menus)
+
+
+# ---- putting them in
+
+
+def with_carriers(model: keras.Model) -> keras.Model:
+    """A copy of a quantized network with carriers, and its weights; the same if none are missing.
+
+    The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
+    own, so that there can be a carrier before it.
+
+    Args:
+      model: Functional or Sequential, with `Quantized` layers.
+    """
+    apart = _with_added(model, _activations_apart(model))
+    added = {path: [ActivationQuantizer([FORMAT], name=_last(path) + SUFFIX)] for path in places(apart)}
+    result = _with_added(apart, added)
+    link(result)
+    return result
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _activations_apart(model) -> dict[str, list]:
+    found = {}
+    for path, layer in trace.walk(model):
+        if isinstance(layer, Quantized) and activation(layer) not in ("linear", "relu", "relu6"):
+            found[path] = [_LAYERS.Activation(layer.layer.activation, name=f"{_last(path)}_{activation(layer)}")]
+    return found
+
+
+def _with_added(model: keras.Model, added: dict[str, list]) -> keras.Model:
+    """A copy of a network with layers put behind those of the given paths."""
+    if not added:
+        return model
+    used = {_last(path) for path, _ in trace.walk(model)}
+    clash = [layer.name for layers in added.values() for layer in layers if layer.name in used]
+    if clash:
+        raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
+    config = _edited(model.get_config(), "", added)
+    classes = {type(layer).__name__: type(layer) for _, layer in trace.walk(model)}
+    with keras.utils.custom_object_scope(classes):
+        is_sequential = isinstance(model, keras.Sequential)
+        copy = (keras.Sequential if is_sequential else keras.Model).from_config(config)
+    if not copy.built:
+        copy.build((None, *model.inputs[0].shape[1:]))
+    copies = dict(trace.walk(copy))
+    for path, layer in trace.walk(model):
+        if layer.weights:
+            copies[path].set_weights(layer.get_weights())
+    return copy
+
+
+def _edited(config: dict, prefix: str, added: dict[str, list]) -> dict:
+    """The configuration of a network with layers put in; what read the ones before reads them instead."""
+    entries, renamed = [], {}
+    for entry in config["layers"]:
+        name = entry.get("name") or entry["config"]["name"]
+        path = prefix + name
+        entry = dict(entry)
+        if "layers" in entry["config"]:
+            entry["config"] = _edited(entry["config"], f"{path}/", added)
+        news = added.get(path, [])
+        if news and entry["class_name"] == "Quantized" and isinstance(news[0], _LAYERS.Activation):
+            layer = dict(entry["config"]["layer"])
+            layer["config"] = {**layer["config"], "activation": "linear"}
+            entry["config"] = {**entry["config"], "layer": layer}
+        entries.append(entry)
+        before = name
+        for new in news:
+            made = {**keras.saving.serialize_keras_object(new), "name": new.name}
+            if "inbound_nodes" in entry:
+                made["inbound_nodes"] = [_reading(before, i) for i in range(max(1, len(entry["inbound_nodes"])))]
+            entries.append(made)
+            before = new.name
+        if news:
+            renamed[name] = before
+    own = {layer.name for layers in added.values() for layer in layers}
+    entries = [
+        entry
+        if "inbound_nodes" not in entry or entry["name"] in own
+        else {**entry, "inbound_nodes": _renamed(entry["inbound_nodes"], renamed)}
+        for entry in entries
+    ]
+    ends = {"output_layers": _renamed(config["output_layers"], renamed)} if "output_layers" in config else {}
+    return {**config, "layers": entries, **ends}
+
+
+def _reading(name: str, call: int):
+    """How the configuration of a call on one value looks."""
+    if not IS_KERAS_3:
+        return [[name, call, 0, {}]]
+    history = {"shape": [None], "dtype": "float32", "keras_history": [name, call, 0]}
+    return {"args": [{"class_name": "__keras_tensor__", "config": history}], "kwargs": {}}
+
+
+def _renamed(config, names: dict[str, str]):
+    if topology.is_reference(config, names):
+        return [names[config[0]], *config[1:3], *(_renamed(item, names) for item in config[3:])]
+    if isinstance(config, dict):
+        return {key: _renamed(item, names) for key, item in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [_renamed(item, names) for item in config]
+    return config
+
+
+# ---- ranges
+
+
+def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
+    """(carrier, input quantizer of a layer that reads its codes): one range serves both."""
+    graph = topology.read(model)
+    source: dict[int, ActivationQuantizer] = {}
+    found = []
+    for call in graph.calls:
+        if isinstance(call.layer, ActivationQuantizer):
+            source[call.output] = call.layer
+        elif len(call.inputs) == 1 and call.inputs[0] in source:
+            if commutes(call.layer):
+                source[call.output] = source[call.inputs[0]]
+            elif isinstance(call.layer, Quantized) and call.layer.activation_quantizer is not None:
+                found.append((source[call.inputs[0]], call.layer.activation_quantizer))
+    return found
+
+
+def link(model: keras.Model) -> None:
+    """Makes input quantizers take the range of the carrier that they read, during training too.
+
+    Two ranges for the same codes would cost a rounding between them.
+    """
+    for carrier, quantizer in followers(model):
+        quantizer.follow(carrier)
+
+
+def calibrate(model: keras.Model, representative: Iterable | None) -> None:
+    """Gives a range to the carriers that have none, from their readers or from data.
+
+    Args:
+      model: What `with_carriers` gave.
+      representative: Batches of model inputs; None if there are none.
+
+    Raises:
+      ValueError: A range is missing and there is no data.
+    """
+    for carrier, quantizer in followers(model):
+        if carrier.range[1] == 0 and quantizer.range[1] > 0:
+            carrier.range.assign(quantizer.range)
+    missing = {
+        place: quantizer
+        for path, layer in trace.walk(model)
+        for place, quantizer in _quantizers(path, layer)
+        if quantizer.range[1] == 0
+    }
+    if missing and representative is None:
+        raise ValueError(
+            f"{len(missing)} int8 tensors have no range: {', '.join(list(missing)[:6])}{', ...' * (len(missing) > 6)}. "
+            f"Give representative=batches of model inputs, or train with fliqs_tf.wrap(..., target='tflite')."
+        )
+    if missing:
+        with _observing(list(missing.values())):
+            for x in representative:
+                model(x, training=False)
+        if any(quantizer.range[1] == 0 for quantizer in missing.values()):
+            raise ValueError("representative holds no batch.")
+
+
+def _quantizers(path, layer):
+    if isinstance(layer, ActivationQuantizer):
+        yield f"the one behind {path.removesuffix(SUFFIX)!r}", layer
+    elif isinstance(layer, Quantized):
+        for quantizer in layer.activation_quantizers:
+            if quantizer.space.formats[0].is_scaled:
+                yield f"the input of {path!r}", quantizer
+
+
+@contextlib.contextmanager
+def _observing(quantizers):
+    """Within it they learn their ranges, and change nothing."""
+
+    def observer(quantizer):
+        call = quantizer.call
+
+        def observe(x, training=None):
+            call(tf.cast(x, tf.float32), training=True)
+            return x
+
+        return observe
+
+    with trace.overridden_calls({q: observer(q) for q in quantizers}):
+        yield
