@@ -21,7 +21,8 @@ BINARIES = [
 EXPORT = ["ai-edge-litert>=2.1", "flatbuffers>=24.3"]
 LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
 SAFETENSORS = ["safetensors>=0.4"]
-TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5", *SAFETENSORS]
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22"]
+TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5", *SAFETENSORS, *ONNX]
 
 setup(
     name="fliqs-tf",
@@ -40,6 +41,7 @@ setup(
         "legacy": LEGACY,
         "export": EXPORT,
         "safetensors": SAFETENSORS,
+        "onnx": ONNX,
         "tests": [*BINARIES, *LEGACY, *EXPORT, *TESTS],
         "dev": [*BINARIES, *LEGACY, *EXPORT, *TESTS, "ruff>=0.14", "import-linter>=2.5", "pre-commit>=4.0"],
     },

@@ -38,3 +38,13 @@ def check(final, path, data):
     from fliqs_tf import export_check
 
     return export_check.check(final, path, data)
+
+
+def onnx(final, path):
+    """Writes a deployed model as an ONNX file with QuantizeLinear and DequantizeLinear.
+
+    See `fliqs_tf.export_onnx.onnx` for arguments and errors, and its module for what each format becomes.
+    """
+    from fliqs_tf import export_onnx
+
+    export_onnx.onnx(final, path)

@@ -156,7 +156,8 @@ def _plain_variables(model) -> dict:
         if isinstance(layer, Quantized):
             seen |= {id(v) for v in _kernels("", layer).values()}
             seen |= {id(v) for q in (*layer.weight_quantizers, *layer.activation_quantizers) for v in q.weights}
-    for path, layer in trace.walk(model):
+    # Backwards: what a composite layer is made of comes before it, and has its variables.
+    for path, layer in reversed(list(trace.walk(model))):
         if isinstance(layer, keras.layers.Lambda):
             raise ValueError(
                 f"Model {model.name!r} cannot be packed: Layer {path!r} is a Lambda, whose code no file holds."

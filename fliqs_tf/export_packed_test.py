@@ -52,12 +52,12 @@ def data(seed=0):
     return tf.constant(np.random.default_rng(seed).standard_normal((5, 8, 8, 3)), tf.float32)
 
 
-def trained(model, seed=0):
+def trained(model, seed=0, x=None):
     """Weights and ranges of their own."""
     rng = np.random.default_rng(seed)
     for weight in model.trainable_weights:
         weight.assign(rng.standard_normal(weight.shape).astype(np.float32))
-    model(data(), training=True)
+    model(data() if x is None else x, training=True)
     return model
 
 
@@ -114,6 +114,18 @@ def test_a_searched_model_comes_back(tmp_path):
     copy = export.load_packed(tmp_path / "m")
     for ours, theirs in zip(final(data()), copy(data())):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_composite_layer_comes_back(tmp_path):
+    inputs = keras.Input((5, 8))
+    x = L.LayerNormalization(name="norm")(L.MultiHeadAttention(2, 4, name="attention")(inputs, inputs))
+    model = trained(fliqs_tf.apply(keras.Model(inputs, L.Dense(3, name="fc")(x)), "E3M2"), x=tf.ones((2, 5, 8)))
+    export.packed(model, tmp_path / "m")
+    x = tf.constant(np.random.default_rng(0).standard_normal((2, 5, 8)), tf.float32)
+    np.testing.assert_array_equal(export.load_packed(tmp_path / "m")(x), model(x))
+    assert {"attention/query/kernel", "attention/query/bias", "norm/gamma"} <= set(
+        header_of((tmp_path / "m").read_bytes())
+    )
 
 
 def test_a_restored_model_saves_and_trains(whole, tmp_path):
