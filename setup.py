@@ -19,10 +19,20 @@ BINARIES = [
     *PLOTS,
 ]
 EXPORT = ["ai-edge-litert>=2.1", "flatbuffers>=24.3"]
+HUB = ["keras-hub>=0.32"]  # for the model "bert"
 LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
 SAFETENSORS = ["safetensors>=0.4"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22"]
-TESTS = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ml-dtypes>=0.5", "gfloat>=0.5", *SAFETENSORS, *ONNX]
+TESTS = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ml-dtypes>=0.5",
+    "gfloat>=0.5",
+    *SAFETENSORS,
+    *ONNX,
+    *HUB,
+]
 
 setup(
     name="fliqs-tf",
@@ -38,6 +48,7 @@ setup(
     extras_require={
         "plots": PLOTS,
         "binaries": BINARIES,
+        "hub": HUB,
         "legacy": LEGACY,
         "export": EXPORT,
         "safetensors": SAFETENSORS,

@@ -59,7 +59,7 @@ def build_network(data) -> keras.Model:
     width = {"width": FLAGS.width} if FLAGS.width != 1 else {}
     try:
         return models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, **width)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         sys.exit(str(error))
 
 

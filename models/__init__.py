@@ -17,6 +17,7 @@ from models.applications import (
     inception_v3,
     mobilenet_v2,
 )
+from models.bert import bert
 from models.imagenet_resnet import resnet18, resnet50
 from models.resnet import resnet8, resnet20
 from models.transformers import deit_base, deit_small, deit_tiny, gpt
@@ -24,6 +25,7 @@ from models.transformers import deit_base, deit_small, deit_tiny, gpt
 MODELS = {
     builder.__name__: builder
     for builder in (
+        bert,
         deit_tiny,
         deit_small,
         deit_base,
@@ -54,6 +56,7 @@ def get(name, **arguments):
       A built, uncompiled functional `tf.keras.Model` that gives logits, with random weights.
 
     Raises:
+      ImportError: The network needs a package that is not there; says which extra has it.
       ValueError: "Unknown model 'resnet9'. Known models: ..."; an argument that the builder does not have ("Model
         'inception_v3' takes no argument 'width'. It takes: input_shape, classes."); or a value that it refuses.
     """

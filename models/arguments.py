@@ -25,6 +25,17 @@ def check_input_shape(shape, smallest_side: int, example: tuple[int, int, int]) 
         )
 
 
+def check_sequence_shape(shape) -> None:
+    """Raises unless `shape` is (length,), a whole number of 1 or more.
+
+    Raises:
+      ValueError: "input_shape must be (length,), the number of tokens, such as (128,) (got 128)."
+    """
+    right = isinstance(shape, (tuple, list)) and len(shape) == 1 and type(shape[0]) is int and shape[0] >= 1
+    if not right:
+        raise ValueError(f"input_shape must be (length,), the number of tokens, such as (128,) (got {shape!r}).")
+
+
 def check_count(name: str, value, at_least: int) -> None:
     """Raises unless `value` is a whole number of `at_least` or more.
 

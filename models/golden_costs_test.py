@@ -20,7 +20,7 @@ GOLDEN = json.loads((pathlib.Path(__file__).resolve().parents[1] / "testdata" / 
 ]
 BITS = {"E2M1": 4, "INT8": 8, "BF16": 16}
 # Seconds each to build and to trace; `pytest -m slow` runs the others.
-QUICK = {("resnet18", 224), ("resnet50", 224), ("mobilenet_v2", 224), ("efficientnet_b0", 224), ("inception_v3", 299)}
+QUICK = {("resnet18", 224), ("resnet50", 224), ("mobilenet_v2", 224), ("efficientnet_b0", 224), ("deit_small", 224)}
 
 
 class Sum:
@@ -162,6 +162,9 @@ BY_HAND = {
     "efficientnet_b3": lambda side: efficientnet(side, 1.2, 1.4),
     "efficientnet_b4": lambda side: efficientnet(side, 1.4, 1.8),
     "inception_v3": inception_v3,
+    "deit_tiny": lambda side: deit(side, 192),
+    "deit_small": lambda side: deit(side, 384),
+    "deit_base": lambda side: deit(side, 768),
 }
 
 

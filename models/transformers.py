@@ -15,7 +15,7 @@ al., arXiv 2010.11929). Radford et al. Language models are unsupervised multitas
 
 import tensorflow as tf
 
-from models.arguments import check_count, check_input_shape, scaled
+from models.arguments import check_count, check_input_shape, check_sequence_shape, scaled
 from models.tokens import ClassToken, Positions
 
 PATCH = 16
@@ -97,9 +97,7 @@ def gpt(input_shape=(128,), classes=256, width=1.0, depth=4):
     Raises:
       ValueError: For an `input_shape`, `classes`, `width` or `depth` that cannot be built.
     """
-    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 1:
-        raise ValueError(f"input_shape must be (context,), the number of tokens, such as (128,) (got {input_shape!r}).")
-    check_count("the context", input_shape[0], 1)
+    check_sequence_shape(input_shape)
     check_count("classes", classes, 2)
     check_count("depth", depth, 1)
     (heads,) = scaled((4,), width, "heads")
