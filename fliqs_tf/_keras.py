@@ -74,6 +74,14 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
     return layer.add_weight(**options, experimental_autocast=False, aggregation=tf.VariableAggregation.NONE)
 
 
+def only_shapes() -> bool:
+    """True while tf_keras calls a layer only to learn the shape of its output, in a graph that it throws away.
+
+    Keras 3 asks the layer's `compute_output_shape` instead.
+    """
+    return not IS_KERAS_3 and getattr(tf.compat.v1.get_default_graph(), "name", "").endswith("_scratch_graph")
+
+
 def float_value(variable) -> tf.Tensor:
     """A variable as it is stored, float32 also where mixed precision would cast what a layer reads."""
     if IS_KERAS_3:

@@ -7,7 +7,7 @@ import functools
 import tensorflow as tf
 
 from fliqs_tf import trace
-from fliqs_tf._keras import float_value, keras, substituted
+from fliqs_tf._keras import float_value, keras, only_shapes, substituted
 from fliqs_tf.quantizers import ActivationQuantizer, WeightQuantizer
 from fliqs_tf.space import Space
 
@@ -82,6 +82,13 @@ class Quantized(keras.layers.Wrapper):
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
     def call(self, inputs, training=None):
+        return self._call(inputs, training)
+
+    # Nothing here branches on tensors; converting it would double the time that tf_keras takes to trace a network.
+    @tf.autograph.experimental.do_not_convert
+    def _call(self, inputs, training):
+        if only_shapes():
+            return self.layer.call(inputs)
         training = bool(training)
         x = _quantized_activation(self.activation_quantizer, inputs, training)
         kernels = trace.kernels(self.layer)

@@ -222,7 +222,8 @@ def _recording(layers):
 
     def recorder(layer, call):
         def recorded(inputs, *args, **kwargs):
-            outputs = call(inputs, *args, **kwargs)
+            # Shapes are those of the layer inside; tracing its quantizers would take most of the time.
+            outputs = call(inputs, *args, **kwargs) if inside(layer) is layer else inside(layer).call(inputs)
             calls[id(layer)].append((tuple(inputs.shape), tuple(outputs.shape)))
             return outputs
 
