@@ -169,7 +169,7 @@ def _is_integer(layer, how) -> bool:
 
 
 def with_carriers(model: keras.Model) -> keras.Model:
-    """A copy of a quantized network with carriers, and its weights; the same if none are missing.
+    """A copy of a quantized network with carriers, and its weights.
 
     The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
     own, so that there can be a carrier before it.
@@ -177,9 +177,9 @@ def with_carriers(model: keras.Model) -> keras.Model:
     Args:
       model: Functional or Sequential, with `Quantized` layers.
     """
-    apart = _with_added(model, _activations_apart(model))
+    apart = with_added(model, _activations_apart(model))
     added = {path: [ActivationQuantizer([FORMAT], name=_last(path) + SUFFIX)] for path in places(apart)}
-    result = _with_added(apart, added)
+    result = with_added(apart, added)
     link(result)
     return result
 
@@ -196,10 +196,12 @@ def _activations_apart(model) -> dict[str, list]:
     return found
 
 
-def _with_added(model: keras.Model, added: dict[str, list]) -> keras.Model:
-    """A copy of a network with layers put behind those of the given paths."""
-    if not added:
-        return model
+def with_added(model: keras.Model, added: dict[str, list]) -> keras.Model:
+    """A copy of a network with layers put behind those of the given paths.
+
+    Raises:
+      ValueError: The network has a layer of such a name.
+    """
     used = {_last(path) for path, _ in trace.walk(model)}
     clash = [layer.name for layers in added.values() for layer in layers if layer.name in used]
     if clash:
