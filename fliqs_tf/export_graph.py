@@ -16,6 +16,7 @@ import numpy as np
 from fliqs_tf import carriers, deployed, topology, trace
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.formats import Format
+from fliqs_tf.kernel_rounding import KernelRounding
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
 
@@ -151,6 +152,26 @@ def steps(model: keras.Model) -> Graph:
         found += _read(call, [s[1:] for s in inputs], shapes[call.output], fresh)
     found = _without_identities(found, topo.outputs)
     return Graph(topo.inputs, _merged(found, topo.outputs), topo.outputs, topo.output_names)
+
+
+def check_layers(model: keras.Model) -> None:
+    """Raises, before any training, if a layer of a network has no counterpart in a file.
+
+    Raises:
+      ValueError: Names the layer.
+    """
+    topo = topology.read(model)
+    shapes = {value: shape for value, _, shape, _ in topo.inputs}
+    for call in topo.calls:
+        inputs = [(None, *shapes[v]) for v in call.inputs]
+        shapes[call.output] = _output_shape(call, inputs)
+        if isinstance(call.layer, Quantized):
+            layer = call.layer.quantized_layer
+            if len(trace.kernels(layer)) == 2 or _operation(call.path, layer, inputs[0][1:]) != "dense":
+                _window(layer, call.path)
+            _activation(layer, call.path, None)
+        elif not isinstance(call.layer, ActivationQuantizer):
+            _read(call, [s[1:] for s in inputs], shapes[call.output], iter(range(10**9)))
 
 
 def _output_shape(call, inputs) -> tuple:
@@ -413,6 +434,7 @@ _READERS = {
     _LAYERS.Reshape: lambda layer, path, inputs: ("reshape", {}),
     _LAYERS.ZeroPadding2D: _padding,
     _LAYERS.UpSampling2D: _upsampling,
+    KernelRounding: lambda layer, path, inputs: ("identity", {}),
     **{layer: lambda layer, path, inputs: ("identity", {}) for layer in carriers.IDENTITIES},
 }
 

@@ -58,14 +58,22 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    model = carriers.with_carriers(final)
+    model = carriers.with_carriers(carriers.without(final, KernelRounding))
     carriers.calibrate(model, representative)
     export_graph.settle(model)
-    graph = export_graph.steps(model)
-    writer = _Writer(graph, int4)
+    writer = _Writer(export_graph.steps(model), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
+    return _with_kernel_rounding(model, writer.rounded_twice)
+
+
+def as_shipped(model):
+    """A copy of a trained model with carriers that computes what its file will: see what `tflite` returns."""
+    model = carriers.with_carriers(model)
+    export_graph.settle(model)
+    writer = _Writer(export_graph.steps(model), int4=True)
+    writer.run()
     return _with_kernel_rounding(model, writer.rounded_twice)
 
 
@@ -94,6 +102,10 @@ class _Writer:
 
     def to_bytes(self, description: str) -> bytes:
         """The file."""
+        return self.file.to_bytes(*self.run(), description)
+
+    def run(self) -> tuple[list[int], list[int]]:
+        """Writes every step; gives the tensors of inputs and outputs."""
         inputs = []
         for value, name, shape, dtype in self.graph.inputs:
             if dtype != "float32":
@@ -106,8 +118,7 @@ class _Writer:
         for step in self.graph.steps:
             self.shapes[step.output] = step.shapes[-1]
             self.write(step)
-        outputs = [self.as_float(value) for value in self.graph.outputs]
-        return self.file.to_bytes(inputs, outputs, description)
+        return inputs, [self.as_float(value) for value in self.graph.outputs]
 
     # ---- values as tensors
 
