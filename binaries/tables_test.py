@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from binaries import tables
 from fliqs_tf._keras import keras
-from fliqs_tf.profile import Obstacle
 
 LAYERS = [
     {"name": "conv1", "macs": 442_368, "weights": 432, "cost": 0.75, "weight_format": "INT8"},
@@ -83,6 +82,15 @@ def test_results_are_relative_to_uniform_int8():
     assert lines[4] == ["uniform INT8, shared weights", "-", "1.6", "1.000"]
     assert lines[5] == ["target: 0.9876 GBOPs"]
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_results_of_text_have_bits_per_character():
+    rows = [{**row, "bits_per_character": bits} for row, bits in zip(ROWS, (2.34567, None, 2.5), strict=True)]
+    lines = cells(printed(tables.results_table(rows, "GBOPs")))
+    assert lines[0] == ["accuracy", "bits/char", "cost (GBOPs)", "cost / uniform INT8"]
+    assert lines[2] == ["searched", "91.23 %", "2.346", "1", "0.625"]
+    assert lines[3] == ["float", "95.00 %", "-", "-", "-"]
+    assert lines[4] == ["uniform INT8, shared", "-", "2.500", "1.6", "1.000"]
 
 
 def test_results_without_uniform_int8_are_relative_to_the_first_cost():
@@ -197,18 +205,3 @@ def test_readings_are_the_known_ones_in_order():
 )
 def test_duration(seconds, text):
     assert tables.duration(seconds) == text
-
-
-def test_platforms_and_what_they_cannot_run():
-    rows = [
-        {"name": "a", "platform": "GPU", "cost": 1.23456, "unit": "us", "memory": 2.5, "obstacles": 0, "layers": 9},
-        {"name": "a", "platform": "[NPU]", "cost": None, "unit": "us", "memory": 1.25, "obstacles": 2, "layers": 9},
-    ]
-    lines = cells(printed(tables.platforms_table(rows)))
-    assert lines[0] == ["platform", "cost", "weights", "runs"]
-    assert lines[2] == ["a", "GPU", "1.235 us", "2.5 MiB", "yes"]
-    assert lines[3] == ["a", "[NPU]", "-", "1.25 MiB", "no: 2 of 9 layers do not"]
-    obstacle = Obstacle("conv1", "INT4", "INT4", "It multiplies INT4 weights only by INT8 inputs.")
-    lines = cells(printed(tables.obstacles_table("a", "[NPU]", [obstacle])))
-    assert lines[0] == ["a on [NPU]"]
-    assert lines[3] == ["conv1", "INT4/INT4", "It multiplies INT4 weights only by INT8 inputs."]

@@ -114,6 +114,17 @@ def test_page_has_the_headline_numbers_and_results(tmp_path):
     assert ["", "accuracy", "cost (GBOPs)", "cost / uniform INT8"] in page.rows
 
 
+def test_page_of_text_has_bits_per_character(tmp_path):
+    recipe = {**RECIPE, "bits_per_character": 2.34567}
+    recipe["reference"] = [RECIPE["reference"][0], {**RECIPE["reference"][1], "bits_per_character": 2.5}]
+    report.write_report(write_run(tmp_path, recipe))
+    results = {row[0]: row[1:] for row in read_page(tmp_path).rows}
+    assert results[""][:2] == ["accuracy", "bits per character"]
+    assert results["float"] == ["95.00 %", "–", "–", "–"]
+    assert results["uniform INT4"] == ["88.00 %", "2.5", "0.064", "1.000"]
+    assert results["found by the search"][:3] == ["91.23 %", "2.346", "0.112"]
+
+
 def test_page_has_the_table_of_layers(tmp_path):
     report.write_report(write_run(tmp_path))
     rows = {row[0]: row[1:] for row in read_page(tmp_path).rows}

@@ -13,7 +13,6 @@ Source of the method: FLIQS, arXiv 2308.03290. What differs from it by default, 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import threading
@@ -21,7 +20,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import carriers, costs, export_graph, export_tflite, fitting, normalization, replicas, rewards, wrapping
+from fliqs_tf import costs, fitting, normalization, replicas, rewards, wrapping
 from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
@@ -32,17 +31,7 @@ from fliqs_tf.recipe import Recipe
 _LOG = logging.getLogger("fliqs_tf")
 
 
-def wrap(
-    model,
-    space=None,
-    rules=(),
-    *,
-    profile=None,
-    granularity="layer",
-    tensors="together",
-    input_shape=None,
-    target=None,
-):
+def wrap(model, space=None, rules=(), *, profile=None, granularity="layer", tensors="together", input_shape=None):
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
@@ -57,8 +46,6 @@ def wrap(
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
       input_shape: Shape of one example; needed only if the model leaves a size open.
-      target: "tflite": menus are restricted to INT2 .. INT8, and the int8 tensors between the layers of the file that
-        `fliqs_tf.export.tflite` writes are quantized while training, so that what is trained is what ships.
 
     Returns:
       A `SearchModel`: compile it with a `target_cost`, then `fit`.
@@ -74,23 +61,11 @@ def wrap(
     else:
         profile = Profile.load(profile)
         menus = profile.menus(tensors, space)
-    is_for_tflite = wrapping.is_for_tflite(target)
-    if is_for_tflite:
-        menus = [carriers.menu(menu) for menu in menus]
-        rules = [_for_integers(rule) for rule in wrapping.as_rules(rules)]
     network = wrapping.quantized_network(model, menus[0], rules, granularity, tensors, *menus[1:])
-    if is_for_tflite:
-        export_graph.check_layers(network)
-        network = carriers.with_carriers(network)
     searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
     if profile is not None:
         profile.check(searched.sites)
     return searched
-
-
-def _for_integers(rule: wrapping.Rule) -> wrapping.Rule:
-    has_menu = rule.formats is not None and rule.formats is not wrapping.UNCHANGED
-    return dataclasses.replace(rule, formats=carriers.menu(rule.formats)) if has_menu else rule
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
@@ -107,8 +82,6 @@ class SearchModel(keras.Model):
     def __init__(self, network, controller=None, input_shape=None, profile=None, **kwargs):
         super().__init__(**kwargs)
         self.network = network
-        if carriers.has_carriers(network):
-            carriers.link(network)
         self.profile = profile
         self._example_shape = input_shape
         self._search = {}
@@ -435,8 +408,7 @@ class SearchModel(keras.Model):
         """A plain Keras model with fixed formats: no controller, no sampling.
 
         With the search's own recipe it computes what this model computes, to the bit. Another recipe changes what
-        batch normalization sees: the moving averages are estimated anew. Of a search with `target="tflite"` the model
-        is the one that the file computes, with biases as int32 holds them.
+        batch normalization sees: the moving averages are estimated anew.
 
         Args:
           recipe: None: that of `recipe()`.
@@ -464,8 +436,6 @@ class SearchModel(keras.Model):
                 )
         if calibration_data is not None:
             normalization.reestimate(model, fitting.inputs_of(calibration_data))
-        if carriers.has_carriers(model) and not carriers.unseen(model):
-            return export_tflite.as_shipped(model)
         return model
 
     # ---- saving
