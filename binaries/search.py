@@ -24,7 +24,7 @@ import fliqs_tf
 from binaries import data as datasets
 from binaries import settings, tables
 from binaries.run_dir import RunDir, versions
-from fliqs_tf import checkpoints, report
+from fliqs_tf import checkpoints, report, targets
 from fliqs_tf.files import write_json
 
 FLAGS = flags.FLAGS
@@ -45,6 +45,7 @@ flags.DEFINE_float("delay", 0.25, "Share of the steps in which formats are drawn
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
 flags.DEFINE_multi_string("rule", [], "PATTERN=MENU for the layers that match: '^conv1=INT8', 'predictions=float'.")
+flags.DEFINE_enum("target", None, targets.TARGETS, "What to export to: the menu keeps what runs there.")
 flags.DEFINE_list("references", [], "Run directories of train.py to compare with (float, uniform formats).")
 
 
@@ -76,7 +77,9 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
     network = settings.build_network(data)
     try:
         space = FLAGS.space[0] if FLAGS.space[0].upper() in fliqs_tf.PRESETS else FLAGS.space
-        model = fliqs_tf.wrap(network, space, _rules(), granularity=FLAGS.granularity, tensors=FLAGS.tensors)
+        model = fliqs_tf.wrap(
+            network, space, _rules(), granularity=FLAGS.granularity, tensors=FLAGS.tensors, target=FLAGS.target
+        )
         model.compile(
             settings.optimizer(total),
             settings.loss(),

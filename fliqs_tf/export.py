@@ -48,3 +48,13 @@ def onnx(final, path):
     from fliqs_tf import export_onnx
 
     export_onnx.onnx(final, path)
+
+
+def plan(recipe_or_model, target):
+    """A table of what a target ("tflite", "onnx", "packed" or a hardware profile) will do with every layer, and why.
+
+    See `fliqs_tf.export_plan.plan` for arguments and errors.
+    """
+    from fliqs_tf import export_plan
+
+    return export_plan.plan(recipe_or_model, target)

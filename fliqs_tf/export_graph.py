@@ -158,6 +158,21 @@ def unsupported(path: str, layer, why: str = "") -> ValueError:
     )
 
 
+def why_not(path: str, layer) -> str:
+    """Why a layer has no counterpart in the file, whatever its formats and shapes; "" if it may have one."""
+    inner = trace.inside(layer)
+    kernels = trace.kernels(inner)
+    try:
+        if len(kernels) == 1:
+            _operation(path, inner, None)
+        known = (*_READERS, ActivationQuantizer, _LAYERS.InputLayer)
+        if not kernels and type(inner) not in known:
+            raise unsupported(path, inner)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _read(call: topology.Call, inputs, output, fresh) -> list[Step]:
     """The steps of one call."""
     layer, base = call.layer, (call.path, call.inputs, call.output, (*inputs, output))

@@ -30,7 +30,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fliqs_tf import codes, deployed, files, topology, trace
+from fliqs_tf import codes, deployed, files, targets, topology, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.quantized import Quantized
@@ -39,8 +39,6 @@ from fliqs_tf.quantizers import ActivationQuantizer
 _LAYERS = keras.layers
 _OPSET, _OPSET_OF_E2M1 = 21, 23
 _IR_VERSION = {21: 10, 23: 11}
-_NATIVE = {"INT4": "INT4", "INT8": "INT8", "INT16": "INT16", "E4M3": "FLOAT8E4M3FN", "E5M2": "FLOAT8E5M2"}
-_NATIVE = {**_NATIVE, "E2M1": "FLOAT4E2M1"}
 
 
 def onnx(final, path: str | os.PathLike) -> None:
@@ -62,23 +60,10 @@ def onnx(final, path: str | os.PathLike) -> None:
         temporary.write_bytes(model.SerializeToString())
 
 
-def weight_carrier(fmt: Format) -> str | None:
-    """The format whose ONNX type holds the weights of a format, all of its values among its own; None if none does."""
-    if fmt.name in ("BF16", "FP32") or fmt.name in _NATIVE:
-        return fmt.name
-    if fmt.is_integer:
-        return next(f"INT{bits}" for bits in (4, 8, 16) if fmt.bits <= bits)
-    return next((name for name in ("E4M3", "E5M2") if _is_part_of(fmt, Format(name))), None)
-
-
-def input_carrier(fmt: Format) -> str | None:
-    """The format whose QuantizeLinear rounds inputs as a format does, but for clipping; None if none does."""
-    return weight_carrier(fmt) if fmt.is_integer or fmt.name in _NATIVE or not fmt.is_scaled else None
-
-
-def _is_part_of(fmt: Format, other: Format) -> bool:
-    lowest, others = fmt.min_exponent - fmt.mantissa_bits, other.min_exponent - other.mantissa_bits
-    return fmt.mantissa_bits <= other.mantissa_bits and lowest >= others and fmt.max <= other.max
+def takes(layer) -> bool:
+    """True if layers of this class have an ONNX form here."""
+    inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
+    return isinstance(inner, (ActivationQuantizer, _LAYERS.InputLayer)) or type(inner) in _LAYERS_TO_ONNX
 
 
 # ---- the graph
@@ -127,7 +112,7 @@ class _Graph:
         if carrier == "E2M1":
             self.opset = _OPSET_OF_E2M1
         name = self.name(f"{self.path}/{what}")
-        kind = getattr(_onnx().TensorProto, "BFLOAT16" if carrier == "BF16" else _NATIVE[carrier])
+        kind = getattr(_onnx().TensorProto, "BFLOAT16" if carrier == "BF16" else targets.ONNX_TYPES[carrier])
         bits = codes.pack(codes.encode(values, carrier), Format(carrier).bits)
         self.constants[name] = _onnx().helper.make_tensor(name, kind, values.shape, bits.tobytes(), raw=True)
         return name
@@ -242,7 +227,7 @@ def _converted(graph: _Graph, call: topology.Call, inputs: list[_Value]) -> _Val
 
 def _quantized_input(graph: _Graph, x: _Value, quantizer) -> _Value:
     fmt = deployed.format_of(quantizer)
-    carrier = input_carrier(fmt)
+    carrier = targets.onnx_inputs(fmt)
     if carrier is None:
         raise ValueError(
             f"Layer {graph.path!r} has its input in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
@@ -265,7 +250,7 @@ def _quantized_input(graph: _Graph, x: _Value, quantizer) -> _Value:
         graph.opset = _OPSET_OF_E2M1
     # Not by a zero point of that type, which is 0 anyway: onnxruntime 1.31 then breaks its own graph where a Transpose
     # follows.
-    kind = getattr(_onnx().TensorProto, _NATIVE[carrier])
+    kind = getattr(_onnx().TensorProto, targets.ONNX_TYPES[carrier])
 
     def make(name):
         if _needs_clip(fmt, carrier, x):
@@ -287,7 +272,7 @@ def _weight(graph: _Graph, weight, what: str, move=lambda k: k) -> str:
     if isinstance(weight, np.ndarray):
         return graph.constant(move(weight), what)
     fmt, values = weight.format, move(weight.values)
-    carrier = weight_carrier(fmt)
+    carrier = targets.onnx_weights(fmt)
     if carrier is None:
         raise ValueError(
             f"Layer {graph.path!r} has its weights in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."

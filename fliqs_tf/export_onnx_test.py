@@ -11,7 +11,7 @@ import tensorflow as tf
 from onnx.reference import ReferenceEvaluator
 
 import fliqs_tf
-from fliqs_tf import export, export_onnx
+from fliqs_tf import export
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.rounding import fake_quant
@@ -339,16 +339,3 @@ def test_layers_without_a_form_are_named(tmp_path, make, message):
 def test_what_is_not_deployed_is_refused(tmp_path):
     inputs = keras.Input((6,))
     refused(tmp_path, keras.Model(inputs, L.Dense(4)(inputs)), "has no quantized layer")
-
-
-# ---- which format rides in which type
-
-
-@pytest.mark.parametrize("x", range(1, 6))
-@pytest.mark.parametrize("y", range(11))
-def test_a_carrier_has_every_value_of_the_format(x, y):
-    fmt = Format(f"E{x}M{y}")
-    carrier = export_onnx.weight_carrier(fmt)
-    values = set(fmt.values().tolist())
-    has = [name for name in ("E4M3", "E5M2") if values <= set(Format(name).values().tolist())]
-    assert carrier == (fmt.name if fmt.name == "E2M1" else has[0] if has else None)

@@ -20,7 +20,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import costs, fitting, normalization, replicas, rewards, wrapping
+from fliqs_tf import costs, fitting, normalization, replicas, rewards, targets, wrapping
 from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
@@ -31,7 +31,17 @@ from fliqs_tf.recipe import Recipe
 _LOG = logging.getLogger("fliqs_tf")
 
 
-def wrap(model, space=None, rules=(), *, profile=None, granularity="layer", tensors="together", input_shape=None):
+def wrap(
+    model,
+    space=None,
+    rules=(),
+    *,
+    profile=None,
+    target=None,
+    granularity="layer",
+    tensors="together",
+    input_shape=None,
+):
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
@@ -42,6 +52,8 @@ def wrap(model, space=None, rules=(), *, profile=None, granularity="layer", tens
         `Rule(pattern, formats, tie)`. Patterns are searched in layer paths; later rules win.
       profile: A platform to search for: a `Profile`, the name of a shipped one, or the path of its JSON file. Every
         choice of the search then runs on the platform, and `compile` counts its cost unless told otherwise.
+      target: What the result will be exported to: "tflite", "onnx" or "packed". Formats of the menu that it does not
+        run are left out; see `fliqs_tf.export.plan` for what it does with the others.
       granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
@@ -53,19 +65,36 @@ def wrap(model, space=None, rules=(), *, profile=None, granularity="layer", tens
     Raises:
       TypeError: The model is of the other Keras.
       ValueError: The model is not built or has nothing to quantize; unknown space or format; a menu that is empty, has
-        duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile does not have.
-        The message says what to do.
+        duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
+        target does not have. The message says what to do.
     """
     if profile is None:
         menus = ("FLIQS-S-INT" if space is None else space,)
     else:
         profile = Profile.load(profile)
         menus = profile.menus(tensors, space)
+    if target is not None:
+        menus = tuple(targets.menu(menu, target, tensors) for menu in menus)
     network = wrapping.quantized_network(model, menus[0], rules, granularity, tensors, *menus[1:])
     searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
     if profile is not None:
         profile.check(searched.sites)
+    if target is not None:
+        _check_target(searched.sites, target)
     return searched
+
+
+def _check_target(sites, target: str) -> None:
+    """Raises if a rule gives a layer formats that the target does not run."""
+    for site in sites:
+        together = site.weight_decision == site.activation_decision
+        for weights in site.weight_formats:
+            for inputs in (weights,) if together else site.activation_formats:
+                run = targets.runs(weights, inputs, target)
+                if run.how == targets.CANNOT:
+                    raise ValueError(
+                        f"Layer {site.path!r} cannot have {weights} weights and {inputs} inputs: {run.why}."
+                    )
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
