@@ -34,3 +34,12 @@ __all__ = [
     "schedules",
     "wrap",
 ]
+
+
+def __getattr__(name: str):
+    """`fliqs_tf.tfmot` is loaded when it is first used: TensorFlow Model Optimization is optional and large."""
+    if name == "tfmot":
+        import fliqs_tf.tfmot
+
+        return fliqs_tf.tfmot
+    raise AttributeError(f"module 'fliqs_tf' has no attribute {name!r}")

@@ -71,6 +71,7 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
     options["initializer"] = keras.initializers.Constant(np.dtype(dtype).type(initial).item())
     if IS_KERAS_3:
         return layer.add_weight(**options, autocast=False, aggregation="none")
+    options["name"] = f"{layer.name}/{name}"  # unique among the variables of the layer around it, as HDF5 files need
     return layer.add_weight(**options, experimental_autocast=False, aggregation=tf.VariableAggregation.NONE)
 
 

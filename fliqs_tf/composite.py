@@ -119,6 +119,7 @@ def network_copy(network: keras.Model, arguments: dict[int, dict], copies: dict)
     """
 
     def copy_of(layer):
+        layer = trace.content(layer)
         if id(layer) not in copies:
             if trace.is_network(layer):
                 copies[id(layer)] = network_copy(layer, arguments, copies)

@@ -89,17 +89,28 @@ class Quantized(keras.layers.Wrapper):
     def _call(self, inputs, training):
         if only_shapes():
             return self.layer.call(inputs)
-        training = bool(training)
-        x = _quantized_activation(self.activation_quantizer, inputs, training)
-        kernels = trace.kernels(self.layer)
         weights = [
             quantizer.call(float_value(getattr(self.layer, kernel.attribute)))
-            for kernel, quantizer in zip(kernels, self.weight_quantizers)
+            for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers)
         ]
+        activations = [
+            functools.partial(quantized_activation, quantizer, training=bool(training))
+            for quantizer in self.activation_quantizers
+        ]
+        return self.compute(inputs, weights, activations)
+
+    def compute(self, inputs, weights, activations):
+        """The layer's result from quantized weights.
+
+        Args:
+          inputs: The layer's input, not quantized.
+          weights: One tensor per kernel.
+          activations: Functions tensor -> quantized tensor, one for each of `activation_quantizers`.
+        """
+        x = activations[0](inputs) if activations else inputs
         if len(weights) == 2:
-            middle = functools.partial(_quantized_activation, self.middle_quantizer, training=training)
-            return _separable(self.layer, x, *weights, middle)
-        with substituted(self.layer, kernels[0].attribute, weights[0]):
+            return _separable(self.layer, x, *weights, activations[1] if activations else tf.identity)
+        with substituted(self.layer, trace.kernels(self.layer)[0].attribute, weights[0]):
             return self.layer.call(x)
 
     def compute_output_shape(self, input_shape):
@@ -117,9 +128,8 @@ class Quantized(keras.layers.Wrapper):
         }
 
 
-def _quantized_activation(quantizer, x, training):
-    if quantizer is None:
-        return x
+def quantized_activation(quantizer: ActivationQuantizer, x, training: bool) -> tf.Tensor:
+    """An activation of any float dtype, quantized in float32."""
     return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
 
 

@@ -110,12 +110,39 @@ def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
     layer = inside(layer)
     if is_network(layer):
         root = composite_root(layer)
-        return [(child.name, child) for child in layer.layers] if root is None else children(root)
+        if root is not None:
+            return children(root)
+        return [(child.name, child) for child in map(content, layer.layers)]
     if hasattr(layer, "quantized_layer") or kernels(layer) or isinstance(layer, _CLOSED):
         return []
     found = [pair for attribute, value in holders(layer) for pair in held(attribute, value)]
     given = collections.Counter(child.name for child in {id(child): child for _, child in found}.values())
     return [(place if given[child.name] > 1 or _is_automatic(child) else child.name, child) for place, child in found]
+
+
+def is_annotation(layer: keras.layers.Layer) -> bool:
+    """True for what TensorFlow Model Optimization puts around a layer that is to be quantized (known by its name:
+    that package is large, and need not be there)."""
+    return type(layer).__name__ == "QuantizeAnnotate"
+
+
+def content(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """What a wrapper of TensorFlow Model Optimization stands for: the layer that it annotates, or the `Quantized` that
+    computes in it. Any other layer stands for itself."""
+    if is_annotation(layer):
+        return layer.layer
+    return getattr(getattr(layer, "quantize_config", None), "quantized", None) or layer
+
+
+def annotations(network: keras.Model, prefix: str = "") -> dict[str, object]:
+    """Layer path -> its `QuantizeConfig` or None, of the layers that TensorFlow Model Optimization annotated."""
+    found = {}
+    for layer in network.layers:
+        if is_annotation(layer):
+            found[f"{prefix}{layer.layer.name}"] = layer.quantize_config
+        elif is_network(layer):
+            found |= annotations(layer, f"{prefix}{layer.name}/")
+    return found
 
 
 def holders(layer: keras.layers.Layer) -> list[tuple[str, object]]:
@@ -198,6 +225,7 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
     with _recording([layer for _, layer in found]) as calls:
         specs = _input_specs(model, input_shape)
         tf.function(lambda *inputs: model(_like_inputs(model, inputs), training=False)).get_concrete_function(*specs)
+    model._clear_losses()  # of activity regularizers: tensors of that function
     return [
         TracedLayer(
             path,

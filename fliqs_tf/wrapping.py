@@ -74,8 +74,8 @@ class Decision:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How one layer is quantized."""
+class Plan:
+    """How one layer is quantized: menus of its weights and of its input (None: stays in float), and the decisions."""
 
     space: Space
     input_space: Space | None
@@ -96,11 +96,35 @@ def quantized_network(model, space, rules=(), granularity="layer", tensors="toge
       model, space, rules, granularity, tensors: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
     """
-    layers = _layers_to_quantize(model)
+    layers = layers_to_quantize(model)
     spaces = (Space(space), Space(space if input_space is None else input_space))
-    plans = _plans([path for path, _ in layers], spaces, _as_rules(rules), granularity, tensors)
+    plans = plan([path for path, _ in layers], trace.annotations(model), spaces, rules, granularity, tensors)
     _log_left_in_float(model)
     return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans})
+
+
+def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, Plan]:
+    """How each layer is quantized: layer path -> plan, without those that stay in float.
+
+    Args:
+      paths: The layers that can be quantized.
+      annotations: Layer path -> `QuantizeConfig` or None, of a model annotated with TensorFlow Model Optimization: only
+        these layers are quantized, and what a config says of its layer has the last word. {}: all are.
+      spaces: Menus of weights and of inputs.
+      rules, granularity, tensors: As for `fliqs_tf.wrap`.
+    """
+    rules = _as_rules(rules)
+    if annotations:
+        paths = [path for path in paths if path in annotations]
+        if not paths:
+            raise ValueError(f"None of the annotated layers can be quantized: {', '.join(annotations)}.")
+        rules += [_annotated_rule(path, config, tensors) for path, config in annotations.items() if config is not None]
+    return _plans(paths, spaces, rules, granularity, tensors)
+
+
+def decision_names(base: str, tensors: str) -> tuple[str, str]:
+    """Names of the decisions on a layer's weights and on its input."""
+    return (f"{base}/weights", f"{base}/activations") if tensors == "separate" else (base, base)
 
 
 def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
@@ -117,7 +141,7 @@ def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
     Raises:
       ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize.
     """
-    layers = _layers_to_quantize(model)
+    layers = layers_to_quantize(model)
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
@@ -161,7 +185,8 @@ def decisions(network: keras.Model) -> list[Decision]:
     return list(found.values())
 
 
-def _layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
+def layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of the layers of a float model that can be quantized; raises if there are none."""
     check_model(model)
     if not getattr(model, "inputs", None):
         raise ValueError(
@@ -169,7 +194,10 @@ def _layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
             f"call model.build(input_shape) first."
         )
     if any(isinstance(layer, Quantized) for _, layer in trace.walk(model)):
-        raise ValueError(f"Model {model.name!r} is quantized already; give the float model.")
+        raise ValueError(
+            f"Model {model.name!r} is quantized already; give the float model, or search what quantize_apply made with "
+            f"fliqs_tf.SearchModel(model)."
+        )
     layers = trace.quantizable(model)
     if not layers:
         raise ValueError(
@@ -191,6 +219,21 @@ def _as_rules(rules) -> list[Rule]:
     return [rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules]
 
 
+def _annotated_rule(path: str, config, tensors: str) -> Rule:
+    """What the config of an annotation says of its layer."""
+    if not hasattr(config, "as_rule"):
+        raise ValueError(
+            f"Layer {path!r} is annotated with {type(config).__name__}, whose formats cannot be searched. Annotate it "
+            f"with a fliqs_tf.tfmot.FliqsQuantizeConfig or without a config; to keep it in float, do not annotate it."
+        )
+    if config.tensors not in (None, tensors):
+        raise ValueError(
+            f"Layer {path!r} is annotated with tensors={config.tensors!r}, but the search has {tensors!r}; it must "
+            f"be the same for all layers."
+        )
+    return config.as_rule(path)
+
+
 def _tied(rule: Rule, match: re.Match, path: str) -> str:
     """Name of the decision that a rule gives a layer."""
     try:
@@ -202,7 +245,7 @@ def _tied(rule: Rule, match: re.Match, path: str) -> str:
     return name
 
 
-def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, _Plan]:
+def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, Plan]:
     """Layer path -> plan, without the layers that stay in float. spaces: menus of weights and of inputs."""
     if granularity not in ("layer", "model"):
         raise ValueError(
@@ -225,13 +268,13 @@ def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str)
             continue
         if decision is None:  # a menu of its own is a decision of its own
             decision = "model" if granularity == "model" and menus == spaces else path
-        names = (f"{decision}/weights", f"{decision}/activations") if tensors == "separate" else (decision, decision)
-        plans[path] = _Plan(menus[0], None if tensors == "weights" else menus[1], *names)
+        inputs = None if tensors == "weights" else menus[1]
+        plans[path] = Plan(menus[0], inputs, *decision_names(decision, tensors))
     _check_menus(plans)
     return plans
 
 
-def _check_menus(plans: dict[str, _Plan]) -> None:
+def _check_menus(plans: dict[str, Plan]) -> None:
     first: dict[str, str] = {}
     for path, plan in plans.items():
         other = first.setdefault(plan.weight_decision, path)

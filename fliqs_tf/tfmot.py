@@ -1,0 +1,286 @@
+"""The face towards TensorFlow Model Optimization (TFMOT): its idiom, the same search.
+
+    import tensorflow_model_optimization as tfmot
+
+    annotated = tfmot.quantization.keras.quantize_annotate_model(model)
+    applied = tfmot.quantization.keras.quantize_apply(annotated, fliqs_tf.tfmot.FliqsQuantizeScheme("FLIQS-S-INT"))
+    qmodel = fliqs_tf.SearchModel(applied)  # decisions, costs and outputs are those of fliqs_tf.wrap(model)
+
+TFMOT puts its own `QuantizeWrapperV2` around every layer and quantizes the weights and the input of the layer with
+`FliqsQuantizer`s, which are the faces of the quantizers that `Quantized` has. TFMOT's idiom for activations is to
+quantize the output of a layer, or to put a `QuantizeLayer` before the next one; here the input belongs to the layer
+that reads it, because two readers of one tensor may have different formats. See docs/tfmot.md.
+"""
+
+from __future__ import annotations
+
+import re
+
+import tensorflow as tf
+
+from fliqs_tf import trace, wrapping
+from fliqs_tf._keras import IS_KERAS_3, NAME, float_value, keras
+from fliqs_tf.quantized import Quantized, quantized_activation
+from fliqs_tf.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from fliqs_tf.recipe import TENSORS
+from fliqs_tf.space import Space
+
+if IS_KERAS_3:
+    raise ImportError(
+        f"fliqs_tf.tfmot needs tf_keras, but tf.keras is {NAME} here: set TF_USE_LEGACY_KERAS=1 before Python starts."
+    )
+try:
+    import tensorflow_model_optimization
+except ModuleNotFoundError as error:
+    if error.name != "tensorflow_model_optimization":
+        raise
+    raise ImportError("fliqs_tf.tfmot needs TensorFlow Model Optimization: pip install 'fliqs-tf[legacy]'.") from None
+
+
+tfmot = tensorflow_model_optimization.quantization.keras
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class FliqsQuantizer(tfmot.quantizers.Quantizer):
+    """TFMOT's face of a weight or an activation quantizer.
+
+    `FliqsQuantizeConfig` uses it; with one format it also serves in a `QuantizeConfig` or `QuantizeLayer` of your own.
+    Only layers with a `FliqsQuantizeConfig` are searched: elsewhere a menu stays at its widest format.
+
+    Args:
+      formats: Menu, anything that `Space` takes.
+      channel_axes: Axes of a weight that hold output channels, each with its own scale. None: for activations, one
+        scale per tensor, from a moving average of the batches' largest values.
+    """
+
+    def __init__(self, formats, channel_axes=None):
+        self.space = Space(formats)
+        self.channel_axes = None if channel_axes is None else tuple(channel_axes)
+        self.owner = self._quantizer = None
+
+    @classmethod
+    def face(cls, quantizer: Quantizer) -> FliqsQuantizer:
+        """The face of a quantizer that is there already."""
+        made = cls(quantizer.space, getattr(quantizer, "channel_axes", None))
+        made._quantizer = quantizer
+        return made
+
+    def build(self, tensor_shape, name, layer):
+        """Makes the quantizer's variables part of `layer`, which TFMOT saves; returns what `__call__` needs."""
+        quantizer = self._quantizer
+        if quantizer is None:
+            made = {"name": f"{name}_quantizer"}
+            quantizer = (
+                ActivationQuantizer(self.space, **made)
+                if self.channel_axes is None
+                else WeightQuantizer(self.space, self.channel_axes, **made)
+            )
+        layer._track_trackable(quantizer, quantizer.name)
+        # The wrapper lists weights of the layer inside and of its own, none of further layers.
+        known = {id(variable) for variable in layer._non_trainable_weights}
+        layer._non_trainable_weights.extend(v for v in quantizer.variables if id(v) not in known)
+        self.owner = layer
+        return {"quantizer": quantizer, "owner": layer}
+
+    def __call__(self, inputs, training, weights, **kwargs):
+        quantizer = weights["quantizer"]
+        if isinstance(quantizer, WeightQuantizer):
+            return quantizer.call(float_value(inputs))
+        # The range of a frozen layer stays.
+        return quantized_activation(quantizer, inputs, training and weights["owner"].trainable)
+
+    def get_config(self) -> dict:
+        return {"formats": list(self.space.names), "channel_axes": self.channel_axes and list(self.channel_axes)}
+
+    def __eq__(self, other):
+        return isinstance(other, FliqsQuantizer) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash((self.space, self.channel_axes))
+
+
+class _Applied(Quantized):
+    """The `Quantized` inside a wrapper of TFMOT: the wrapper hands it the weights that it has quantized."""
+
+    given = ((), ())
+
+    def call(self, inputs, training=None):
+        return self.compute(inputs, *self.given)
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class FliqsQuantizeConfig(tfmot.QuantizeConfig):
+    """How TFMOT is to quantize one layer: weights and input, in a format that the search chooses.
+
+    Args:
+      formats: Menu, anything that `Space` takes; one format is a fixed one. None: that of `FliqsQuantizeScheme` or
+        `fliqs_tf.wrap`.
+      tie: Name of a decision that layers share. None: the layer has its own.
+      tensors: "together", "weights" or "separate", see `fliqs_tf.wrap`. None: as the scheme or `wrap` says.
+
+    Raises:
+      ValueError: An unknown format or kind.
+    """
+
+    def __init__(self, formats=None, tie=None, tensors=None):
+        if tensors not in (None, *TENSORS):
+            raise ValueError(f"tensors must be None or one of {', '.join(TENSORS)}, got {tensors!r}.")
+        self.formats = None if formats is None else Space(formats)
+        self.tie, self.tensors = tie, tensors
+        # Of the one layer that TFMOT makes with this config.
+        self.quantized = None
+        self._faces, self._weights = (), ()
+
+    def as_rule(self, path: str) -> wrapping.Rule:
+        """This config as a rule for the layer at `path`."""
+        formats = wrapping.UNCHANGED if self.formats is None else self.formats
+        return wrapping.Rule(f"^{re.escape(path)}$", formats, self.tie and self.tie.replace("\\", r"\\"))
+
+    def get_weights_and_quantizers(self, layer):
+        quantized = self._quantized(layer)
+        self._faces = [FliqsQuantizer.face(q) for q in quantized.weight_quantizers]
+        return [(getattr(layer, k.attribute), face) for k, face in zip(trace.kernels(layer), self._faces)]
+
+    def get_activations_and_quantizers(self, layer):
+        if self._faces:
+            _take_over(self._faces[0].owner, layer)
+        # TFMOT quantizes what comes out of an activation; out of this one comes the layer's input.
+        return [
+            (keras.activations.linear, FliqsQuantizer.face(q)) for q in self._quantized(layer).activation_quantizers
+        ]
+
+    def get_output_quantizers(self, layer):
+        return []
+
+    def set_quantize_weights(self, layer, quantize_weights):
+        self._weights = quantize_weights
+
+    def set_quantize_activations(self, layer, quantize_activations):
+        """TFMOT calls this right before `layer.call`, which for that one time computes what `Quantized` does."""
+        quantized = self.quantized
+        quantized.given, self._weights = (self._weights, quantize_activations), ()
+        before = layer.__dict__.get("call")
+
+        @tf.autograph.experimental.do_not_convert
+        def call(inputs):
+            if before is None:
+                object.__delattr__(layer, "call")
+            else:
+                object.__setattr__(layer, "call", before)
+            return quantized.call(inputs)
+
+        object.__setattr__(layer, "call", call)
+
+    def _quantized(self, layer) -> Quantized:
+        if self.formats is None:
+            raise ValueError(
+                f"Layer {layer.name!r} is annotated with a FliqsQuantizeConfig without formats: name them, or give "
+                f"quantize_apply scheme=fliqs_tf.tfmot.FliqsQuantizeScheme(...), whose menu it then has."
+            )
+        if self.quantized is None:
+            tensors = self.tensors or "together"
+            names = wrapping.decision_names(self.tie or layer.name, tensors)
+            inputs = None if tensors == "weights" else self.formats
+            self.quantized = _Applied(layer, self.formats, inputs, *names, name=layer.name, dtype=layer.dtype_policy)
+        if self.quantized.layer is not layer:
+            raise ValueError(
+                f"Layers {self.quantized.layer.name!r} and {layer.name!r} have the same FliqsQuantizeConfig object: "
+                f"give each its own, with tie='NAME' if they are to share a decision."
+            )
+        return self.quantized
+
+    def get_config(self) -> dict:
+        formats = None if self.formats is None else list(self.formats.names)
+        return {"formats": formats, "tie": self.tie, "tensors": self.tensors}
+
+    def __eq__(self, other):
+        return isinstance(other, FliqsQuantizeConfig) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash((self.formats, self.tie, self.tensors))
+
+
+def _take_over(wrapper, layer) -> None:
+    """What a wrapper of TFMOT leaves behind in the layer inside, once it is built."""
+    # It lists the kernels as its own, trainable though the layer is frozen, and more often before saving than after
+    # loading, so that .keras files of TFMOT do not load. The layer lists them.
+    wrapper._trainable_weights.clear()
+    tracked = wrapper._self_tracked_trackables
+    tracked[:] = [t for t in tracked if t is not wrapper._weight_vars]
+    wrapper._activity_regularizer = layer.activity_regularizer
+    layer._clear_losses()  # those of the model that TFMOT took it from
+    wrapper.supports_masking = layer.supports_masking
+
+
+class FliqsQuantizeRegistry(tfmot.QuantizeRegistry):
+    """Which layers are quantized, and how if nothing else is said.
+
+    Args:
+      formats: Menu of every layer.
+      tensors: See `fliqs_tf.wrap`.
+      only: Names of the layers that it supports. None: all of a known class.
+    """
+
+    def __init__(self, formats, tensors="together", only=None):
+        self.space, self.tensors, self.only = Space(formats), tensors, only
+
+    def supports(self, layer) -> bool:
+        """True for Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose and EinsumDense."""
+        return bool(trace.kernels(layer)) and (self.only is None or layer.name in self.only)
+
+    def get_quantize_config(self, layer) -> FliqsQuantizeConfig:
+        """A new config for a layer.
+
+        Raises:
+          ValueError: The layer is not supported.
+        """
+        if not self.supports(layer):
+            raise ValueError(f"Layer {layer.name!r} of class {type(layer).__name__} is not one to quantize.")
+        return FliqsQuantizeConfig(self.space, tensors=self.tensors)
+
+
+class FliqsQuantizeScheme(tfmot.QuantizeScheme):
+    """What `quantize_apply` needs to make of an annotated model one whose formats `fliqs_tf.SearchModel` can search.
+
+    Layers annotated without a config have the menu of the scheme, layers annotated with a `FliqsQuantizeConfig` what it
+    says; layers that are not annotated, or of a class that cannot be quantized, stay in float.
+
+    Args:
+      space, rules, granularity, tensors: As for `fliqs_tf.wrap`.
+
+    Raises:
+      ValueError: As `fliqs_tf.wrap`; also a layer that is annotated with a config of another kind.
+    """
+
+    def __init__(self, space="FLIQS-S-INT", rules=(), *, granularity="layer", tensors="together"):
+        self.space, self.rules, self.granularity, self.tensors = Space(space), rules, granularity, tensors
+        self._registry = FliqsQuantizeRegistry(self.space, tensors)
+
+    def get_layout_transformer(self):
+        return _Layout(self)
+
+    def get_quantize_registry(self):
+        return self._registry
+
+
+class _Layout(tfmot.QuantizeLayoutTransform):
+    """Leaves the model as it is, batch normalization included, and gives each layer to be quantized its config."""
+
+    def __init__(self, scheme: FliqsQuantizeScheme):
+        self._scheme = scheme
+
+    def apply(self, model, layer_quantize_map):
+        scheme = self._scheme
+        annotations = {layer.name: layer_quantize_map.get(layer.name) for layer in model.layers}
+        annotations = {name: found["quantize_config"] for name, found in annotations.items() if found}
+        paths = [path for path, _ in wrapping.layers_to_quantize(model)]
+        spaces = (scheme.space, scheme.space)
+        plans = wrapping.plan(paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors)
+        # TFMOT also asks the registry for layers before annotated ones, to quantize their output: nothing for these.
+        scheme._registry = FliqsQuantizeRegistry(scheme.space, scheme.tensors, only=frozenset(plans))
+        configs = {}
+        for name, plan in plans.items():
+            tie = plan.weight_decision
+            tie = tie.removesuffix("/weights") if scheme.tensors == "separate" else tie
+            configs[name] = {"quantize_config": FliqsQuantizeConfig(plan.space, tie, scheme.tensors)}
+        return model, configs
