@@ -208,8 +208,7 @@ def _take_over(wrapper, layer) -> None:
     tracked = wrapper._self_tracked_trackables
     tracked[:] = [t for t in tracked if t is not wrapper._weight_vars]
     wrapper._activity_regularizer = layer.activity_regularizer
-    layer._clear_losses()  # those of the model that TFMOT took it from
-    wrapper.supports_masking = layer.supports_masking
+    layer._losses.clear()  # those of the model that TFMOT took it from
 
 
 class FliqsQuantizeRegistry(tfmot.QuantizeRegistry):

@@ -366,11 +366,6 @@ def test_what_a_layer_does_beside_its_call_is_kept():
         losses.append(search.evaluate(x, y, verbose=0))
         assert len(search.network.losses) == 2
     assert losses[0] == losses[1]
-    words = tf.keras.Sequential([L.Input((4,)), L.Embedding(9, 3, mask_zero=True), L.Dense(3), L.SimpleRNN(2)])
-    tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
-    model = annotated(words, {words.layers[1].name: None})
-    by_tfmot = tfmot.quantize_apply(model, fliqs_tf.tfmot.FliqsQuantizeScheme())
-    np.testing.assert_array_equal(fliqs_tf.wrap(words).network(tokens), by_tfmot(tokens))
 
 
 @only_tf_keras
