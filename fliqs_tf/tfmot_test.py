@@ -7,7 +7,6 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-import models
 from fliqs_tf import trace, wrapping
 from fliqs_tf._keras import IS_KERAS_3, keras
 
@@ -126,25 +125,6 @@ fliqs_tf.tfmot.FliqsQuantizeScheme
 assert "tensorflow_model_optimization" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-@only_tf_keras
-def test_resnet20_equals_wrap_to_the_bit():
-    model = models.get("resnet20", input_shape=(8, 8, 3))
-    search = fliqs_tf.SearchModel(applied(model, "FLIQS-L-FLOAT"))
-    kinds = [type(layer).__name__ for layer in search.network.layers]
-    assert kinds.count("QuantizeWrapperV2") == 22 and kinds.count("BatchNormalization") == 21
-    assert_same(fliqs_tf.wrap(model, "FLIQS-L-FLOAT"), search, numbers((2, 8, 8, 3)), recipes=10)
-
-
-@only_tf_keras
-def test_mobilenet_v2_equals_wrap_to_the_bit():
-    whole = tf.keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    # Its first five blocks: the other twelve repeat them, and take a minute.
-    model = tf.keras.Model(whole.input, whole.get_layer("block_5_add").output)
-    search = fliqs_tf.SearchModel(applied(model, "FLIQS-S-INT"))
-    assert len(search.decisions) == 18
-    assert_same(fliqs_tf.wrap(model, "FLIQS-S-INT"), search, numbers((2, 32, 32, 3)), recipes=10)
 
 
 @only_tf_keras
