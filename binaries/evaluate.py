@@ -2,6 +2,10 @@
 
 python binaries/evaluate.py --model_file=runs/digits_resnet8_search/model.keras
 python binaries/evaluate.py --recipe=runs/digits_resnet8_search/recipe.json
+python binaries/evaluate.py --recipe=runs/digits_resnet8_search/recipe.json --profile=nvidia_h100_sxm,my_chip.json
+
+With --profile the network is priced on several platforms, and what one of them cannot run is listed with the reason.
+Exit status: 0; 1 for wrong flags or files; 3 if a platform cannot run the network.
 """
 
 from __future__ import annotations
@@ -17,11 +21,17 @@ from absl import app, flags
 
 import fliqs_tf
 from binaries import settings, tables
-from fliqs_tf._keras import keras
+from fliqs_tf import loading
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model_file", None, "A .keras file: accuracy on the test split, and cost.")
 flags.DEFINE_string("recipe", None, "A recipe.json: cost on the network of --model.")
+flags.DEFINE_list(
+    "profile",
+    [],
+    f"Platforms to price on: JSON files, or names of shipped ones: {', '.join(fliqs_tf.Profile.shipped())}.",
+)
+CANNOT_RUN = 3
 
 
 def main(argv):
@@ -29,23 +39,50 @@ def main(argv):
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if not FLAGS.model_file and not FLAGS.recipe:
         sys.exit("Give --model_file, --recipe, or both.")
-    data = settings.load_data()
-    rows = []
+    rows, priced = [], []
     try:
+        profiles = [fliqs_tf.Profile.load(name) for name in FLAGS.profile]
         recipe = fliqs_tf.Recipe.load(FLAGS.recipe) if FLAGS.recipe else None
+        data = settings.load_data()
         if FLAGS.model_file:
-            model = keras.models.load_model(FLAGS.model_file, compile=False)
+            model = loading.load_model(FLAGS.model_file)
             rows.append({"name": FLAGS.model_file, **settings.test_scores(model, data), **_costs(model)})
+            priced.append((FLAGS.model_file, fliqs_tf.costs.site_formats(model)))
         if recipe is not None:
             model = fliqs_tf.apply(settings.build_network(data), recipe)
-            scores = {key: recipe.info.get(key) for key in ("accuracy", "bits_per_character")}
-            rows.append({"name": FLAGS.recipe, **scores, **_costs(model)})
+            rows.append({"name": FLAGS.recipe, **_scores(recipe.info), **_costs(model)})
+            priced.append((FLAGS.recipe, fliqs_tf.costs.site_formats(model)))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     tables.print_tables(
         tables.results_table(rows, cost_unit=fliqs_tf.costs.bops.unit),
         *[f"{row['name']}: {row['memory']:.4f} {fliqs_tf.costs.memory.unit} of weights" for row in rows],
     )
+    return price(profiles, priced) if profiles else 0
+
+
+def price(profiles, priced) -> int:
+    """Prints what networks cost on platforms, and where they cannot run. Returns the exit status."""
+    rows, tables_of_obstacles = [], []
+    for name, formats in priced:
+        for profile in profiles:
+            obstacles = profile.obstacles(formats)
+            cost = None if obstacles else profile.cost(formats)
+            memory = profile.memory(formats)
+            rows.append(
+                {"name": name, "platform": profile.name, "cost": cost, "unit": profile.unit, "memory": memory}
+                | {"obstacles": len(obstacles), "layers": len(formats)}
+            )
+            if obstacles:
+                tables_of_obstacles.append(tables.obstacles_table(name, profile.name, obstacles))
+    tables.print_tables(tables.platforms_table(rows), *tables_of_obstacles)
+    return CANNOT_RUN if tables_of_obstacles else 0
+
+
+def _scores(info) -> dict:
+    """What a recipe says of its quality. Anything may stand there."""
+    keys = ("accuracy", "bits_per_character")
+    return {key: info[key] for key in keys if isinstance(info.get(key), (int, float))}
 
 
 def _costs(model) -> dict:

@@ -58,9 +58,16 @@ def test_search_leaves_what_it_promises(searched):
 def test_saved_model_evaluates_to_the_accuracy_of_the_recipe(searched):
     path, _ = searched
     status, output, errors = run(
-        "evaluate.py", f"--model_file={path}/model.keras", f"--recipe={path}/recipe.json", "--width=0.25"
+        "evaluate.py",
+        f"--model_file={path}/model.keras",
+        f"--recipe={path}/recipe.json",
+        "--width=0.25",
+        "--profile=bops,google_tpu_v5e,nvidia_h100_sxm",
     )
-    assert status == 0, errors
+    assert status == 3, errors  # a Hopper GPU multiplies INT4 weights by BF16 and FP8 only
+    words = output.split()
+    assert words.count("GBOPs") == words.count("us") == 2
+    assert "It multiplies INT4 weights only by BF16, E4M3 inputs." in " ".join(words)
     accuracy = f"{json.loads((path / 'recipe.json').read_text())['accuracy'] * 100:.2f}"
     assert output.count(accuracy) == 2
 
@@ -139,6 +146,8 @@ def test_text_is_searched_and_trained(tmp_path):
         (["--dataset=cifar10", "--data_dir=/nonexistent"], "cifar10 is not prepared in"),
         (["--holdout=0"], "needs held-out data: set --holdout above 0"),
         (["--model=resnet9000"], "resnet20"),
+        (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
+        (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
     ],
 )
 def test_bad_flags_end_with_one_clear_message(flags, message, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,8 +16,10 @@ import tensorflow as tf
 
 from fliqs_tf import __version__
 from fliqs_tf._keras import NAME
+from fliqs_tf.files import write_text
 
 _LOCK = "lock"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 class RunDir:
@@ -70,15 +74,39 @@ class RunDir:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break  # the line that was being written when the run was killed
-        temporary = self / ".metrics.jsonl.tmp"
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    @contextlib.contextmanager
+    def explained(self):
+        """Within it, a disk that is full or may not be written to ends the program with one clear message.
+
+        Raises:
+          SystemExit: With that message; other errors pass.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = _why_unwritable(error)
+            if cause is None:
+                raise
+            raise SystemExit(
+                f"Cannot write to the run directory {self.path}: {cause}. The files that are there are whole. Mend it "
+                f"and go on with --resume, or give another --run_dir."
+            )
+
+
+def _why_unwritable(error: Exception) -> str | None:
+    """The system's words, also where TensorFlow or HDF5 passes them on in an error of its own."""
+    words = [os.strerror(code) for code in _UNWRITABLE]
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return os.strerror(error.errno)
+    return next((each for each in words if each in str(error)), None)
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
 from binaries.run_dir import RunDir
 
@@ -60,3 +61,40 @@ def test_metrics_after_a_step_are_dropped_and_so_is_a_torn_line(tmp_path):
     (run / "metrics.jsonl").write_text("\n".join(lines))
     run.keep_metrics_until(20)
     assert (run / "metrics.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(30, "Read-only file system"), "Read-only file system"),
+        (PermissionError(13, "Permission denied", "recipe.json"), "Permission denied"),
+        (tf.errors.ResourceExhaustedError(None, None, "events.v2; No space left on device"), "No space left on device"),
+        (RuntimeError("Can't write data (errno = 28, error message = 'No space left on device')"), "No space left"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_ends_the_program_with_one_message(tmp_path, error, cause):
+    run = opened(tmp_path)
+    with (
+        pytest.raises(SystemExit, match=rf"^Cannot write to the run directory {tmp_path}: {cause}.*--resume"),
+        run.explained(),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), FileNotFoundError(2, "x"), tf.errors.ResourceExhaustedError(None, None, "OOM")]
+)
+def test_other_errors_pass(tmp_path, error):
+    run = opened(tmp_path)
+    with pytest.raises(type(error)) as raised, run.explained():
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("line", ["[1]", '"text"', "3", '{"step": "x"}', '{"step": null}', "\ufffd", "[" * 100_000])
+def test_a_line_of_metrics_that_is_anything(tmp_path, line):
+    run = opened(tmp_path)
+    (run / "metrics.jsonl").write_text('{"step": 10}\n' + line)
+    run.keep_metrics_until(20)
+    assert (run / "metrics.jsonl").read_text() == '{"step": 10}\n'

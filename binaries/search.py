@@ -10,7 +10,6 @@ report.html.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -25,14 +24,25 @@ from binaries import data as datasets
 from binaries import settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import checkpoints, report, targets
-from fliqs_tf.files import write_json
+from fliqs_tf.files import read_json, replacing, write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()
 flags.DEFINE_list(
     "space", ["FLIQS-S-INT"], f"Menu: one of {', '.join(fliqs_tf.PRESETS)}, or formats separated by commas."
 )
-flags.DEFINE_string("target_cost", "0.625x INT8", "Number in the cost's unit, or relative: '0.25x INT8'.")
+flags.DEFINE_string(
+    "profile",
+    None,
+    "Platform to search for: the menu, unless --space narrows it, and the cost, unless --cost is given, are its own. A "
+    f"JSON file, or one of {', '.join(fliqs_tf.Profile.shipped())}.",
+)
+flags.DEFINE_string(
+    "target_cost",
+    "0.625x INT8",
+    "Number in the cost's unit, or relative: '0.25x INT8'. With --profile the default is half-way between the least "
+    "and the greatest cost.",
+)
 flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted.")
 flags.DEFINE_string("reward", "absolute", "absolute, one_sided, soft_exponential or hard_exponential.")
 flags.DEFINE_enum("quality", "loss", ["loss", "accuracy"], "What the search maximizes: minus the loss, or accuracy.")
@@ -56,36 +66,45 @@ def main(argv):
         sys.exit("--quality_data=held_out needs held-out data: set --holdout above 0, or take --quality_data=train.")
     settings.set_up_process()
     data = settings.load_data()
-    run = RunDir(
-        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search", resume=FLAGS.resume, overwrite=FLAGS.overwrite
-    )
     examples = data.examples("train")
     steps_per_epoch = examples // FLAGS.batch_size
     if steps_per_epoch == 0:
         sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
     total = steps_per_epoch * FLAGS.epochs
-    model = build(data, total)
-    write_json(run / "flags.json", settings.flag_values())
-    write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
-    train(model, data, run, steps_per_epoch, total)
-    results = summarize(model, data, total)
-    finish(run, results)
+    model = build(data, total)  # before --overwrite removes anything
+    run = RunDir(
+        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search", resume=FLAGS.resume, overwrite=FLAGS.overwrite
+    )
+    with run.explained():
+        write_json(run / "flags.json", settings.flag_values())
+        write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
+        train(model, data, run, steps_per_epoch, total)
+        finish(run, summarize(model, data, total))
 
 
 def build(data, total: int) -> fliqs_tf.SearchModel:
     """The wrapped and compiled model of the flags; what is wrong with them ends the program."""
     network = settings.build_network(data)
     try:
-        space = FLAGS.space[0] if FLAGS.space[0].upper() in fliqs_tf.PRESETS else FLAGS.space
+        space = FLAGS.space[0] if FLAGS.space and FLAGS.space[0].upper() in fliqs_tf.PRESETS else FLAGS.space
+        if FLAGS.profile and not FLAGS["space"].present:
+            space = None
         model = fliqs_tf.wrap(
-            network, space, _rules(), granularity=FLAGS.granularity, tensors=FLAGS.tensors, target=FLAGS.target
+            network,
+            space,
+            _rules(),
+            profile=FLAGS.profile or None,
+            target=FLAGS.target,
+            granularity=FLAGS.granularity,
+            tensors=FLAGS.tensors,
         )
+        cost, target = _cost_and_target(model)
         model.compile(
             settings.optimizer(total),
             settings.loss(),
             metrics=["accuracy"],
-            target_cost=FLAGS.target_cost,
-            cost=FLAGS.cost,
+            target_cost=target,
+            cost=cost,
             reward=FLAGS.reward,
             quality=FLAGS.quality,
             quality_every=FLAGS.quality_every,
@@ -98,9 +117,19 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
                 "delay": FLAGS.delay,
             },
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     return model
+
+
+def _cost_and_target(model):
+    """What to count, and the target: those of the platform, where the flags do not say otherwise."""
+    if model.profile is None or FLAGS["cost"].present:
+        return FLAGS.cost, FLAGS.target_cost
+    if FLAGS["target_cost"].present:
+        return None, FLAGS.target_cost
+    decisions = [(d.name, d.options) for d in model.decisions]
+    return None, sum(fliqs_tf.costs.CostTable(model.profile.cost, model.sites, decisions).reachable()) / 2
 
 
 def _rules() -> list[fliqs_tf.Rule]:
@@ -158,7 +187,7 @@ def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
 
 def summarize(model, data, total: int) -> dict:
     """Accuracies on the test split and costs: of the recipe, and of uniform formats with the same weights."""
-    cost = fliqs_tf.costs.NAMES[FLAGS.cost]
+    cost = model.cost
     recipe = model.recipe()
     final = model.deploy()
     scores = settings.test_scores(final, data)
@@ -177,7 +206,7 @@ def summarize(model, data, total: int) -> dict:
     for site in model.sites:
         weight = recipe.formats.get(site.weight_decision, "FP32")
         activation = recipe.formats.get(site.activation_decision, "FP32")
-        price = cost.layer(site, fliqs_tf.Format(weight), fliqs_tf.Format(activation)) / cost.per_unit
+        price = float(cost.layer(site, fliqs_tf.Format(weight), fliqs_tf.Format(activation)) / cost.per_unit)
         layers.append(
             {
                 "name": site.path,
@@ -198,6 +227,7 @@ def summarize(model, data, total: int) -> dict:
         "steps": total,
         "seed": FLAGS.seed,
         "space": FLAGS.space,
+        "profile": model.profile and model.profile.name,
         "layers_table": layers,
         "versions": versions(),
         "flags": settings.flag_values(),
@@ -209,23 +239,31 @@ def summarize(model, data, total: int) -> dict:
 def _uniform_formats(model) -> list[str]:
     """The narrowest format of the menus, and the most precise one of 8 bits or fewer."""
     menu = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
-    return list(dict.fromkeys(f.name for f in (menu[0], *[f for f in menu if f.bits <= 8][-1:])))
+    names = dict.fromkeys(f.name for f in (menu[0], *[f for f in menu if f.bits <= 8][-1:]))
+    return [name for name in names if not model.profile or not model.profile.obstacles(model, name)]
 
 
 def _reference(path: pathlib.Path) -> dict:
     try:
-        result = json.loads((path / "result.json").read_text())
-        kept = {key: result[key] for key in ("name", "accuracy", "cost")}
-        return {**kept, **{key: result[key] for key in ("bits_per_character",) if key in result}}
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"--references: {path} is not a finished run of train.py ({error!r}).")
+        result = read_json(path / "result.json", "result of train.py")
+    except (OSError, ValueError) as error:
+        sys.exit(f"--references: {path} is not a finished run of train.py ({error}).")
+    numbers = {
+        key: result[key]
+        for key in ("accuracy", "cost", "bits_per_character")
+        if isinstance(result, dict) and isinstance(result.get(key), (int, float))
+    }
+    if not {"accuracy", "cost"} <= numbers.keys() or not isinstance(result.get("name"), str):
+        sys.exit(f"--references: {path / 'result.json'} needs the text 'name' and the numbers 'accuracy' and 'cost'.")
+    return {"name": result["name"], **numbers}
 
 
 def finish(run: RunDir, results: dict) -> None:
     """Writes what the run leaves behind, and prints the tables."""
     recipe, final = results["recipe"], results["final"]
-    final.save(run / "model.keras")
-    recipe.save(run / "recipe.json")
+    recipe.save(run / "recipe.json")  # first: small, and what the search was for
+    with replacing(run / "model.keras") as temporary:
+        final.save(temporary)
     info = recipe.info
     tables.print_tables(
         tables.layers_table(info["layers_table"], cost_unit=info["cost_unit"]),

@@ -22,7 +22,7 @@ flags.DEFINE_string("model", "resnet8", "Network; an unknown name lists the know
 flags.DEFINE_float("width", 1.0, "Multiplier of the network's filters.")
 flags.DEFINE_integer("batch_size", 64, "Examples per training step.", lower_bound=1)
 flags.DEFINE_float("holdout", 0.1, "Share of the training split that weights never see.", 0, 0.5)
-flags.DEFINE_integer("seed", 0, "Seed of weights, data order, augmentation and draws.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of weights, data order, augmentation and draws.", 0, 2**31 - 1)
 
 
 def define_training_flags() -> None:

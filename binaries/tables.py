@@ -100,6 +100,49 @@ def results_table(rows, cost_unit="", target=None):
     return table
 
 
+def platforms_table(rows):
+    """What networks cost on platforms.
+
+    Args:
+      rows: dicts with `name`, `platform`, `cost` (None if it cannot run), `unit`, `memory` (MiB of weights),
+        `obstacles` and `layers` (how many layers cannot run, of how many).
+
+    Returns:
+      A `rich.table.Table`.
+    """
+    table = _table()
+    table.add_column("", overflow="fold")
+    table.add_column("platform", overflow="fold")
+    table.add_column("cost", **_NUMBER)
+    table.add_column("weights", **_NUMBER)
+    table.add_column("runs")
+    for row in rows:
+        cost = _NONE if row["cost"] is None else f"{_cost(row['cost'])} {row['unit']}"
+        runs = f"no: {row['obstacles']} of {row['layers']} layers do not" if row["obstacles"] else "yes"
+        _add_row(table, row["name"], row["platform"], cost, f"{_cost(row['memory'])} MiB", runs)
+    return table
+
+
+def obstacles_table(name, platform, obstacles):
+    """The layers of a network that a platform cannot run.
+
+    Args:
+      name: of the network.
+      platform: its name.
+      obstacles: list of `fliqs_tf.profile.Obstacle`.
+
+    Returns:
+      A `rich.table.Table`.
+    """
+    table = _table(title=rich.text.Text(f"{name} on {platform}"), title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("weights/acts", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for obstacle in obstacles:
+        _add_row(table, obstacle.path, f"{obstacle.weights}/{obstacle.activations}", obstacle.reason)
+    return table
+
+
 class ProgressBar(keras.callbacks.Callback):
     """How far a run is, what it reads, and the time left over all its epochs.
 

@@ -22,7 +22,7 @@ from binaries import settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import checkpoints
 from fliqs_tf._keras import keras
-from fliqs_tf.files import write_json
+from fliqs_tf.files import replacing, write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()
@@ -38,20 +38,25 @@ def main(argv):
     data = settings.load_data()
     network = settings.build_network(data)
     name, model = formatted(network)
-    run = RunDir(
-        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_{name.replace('uniform ', '')}",
-        resume=FLAGS.resume,
-        overwrite=FLAGS.overwrite,
-    )
     examples = data.examples("train")
     steps_per_epoch = examples // FLAGS.batch_size
     if steps_per_epoch == 0:
         sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
     total = steps_per_epoch * FLAGS.epochs
-    model.compile(settings.optimizer(total), settings.loss(), metrics=["accuracy"], jit_compile=False)
-    write_json(run / "flags.json", settings.flag_values())
-    fit(model, data, run, steps_per_epoch, total)
-    model.save(run / "model.keras")
+    run = RunDir(
+        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_{name.replace('uniform ', '')}",
+        resume=FLAGS.resume,
+        overwrite=FLAGS.overwrite,
+    )
+    with run.explained():
+        write_json(run / "flags.json", settings.flag_values())
+        model.compile(settings.optimizer(total), settings.loss(), metrics=["accuracy"], jit_compile=False)
+        fit(model, data, run, steps_per_epoch, total)
+        finish(name, model, data, run, total)
+
+
+def finish(name: str, model, data, run: RunDir, total: int) -> None:
+    """Writes what the run leaves behind, and prints its table."""
     cost = fliqs_tf.costs.NAMES[FLAGS.cost]
     result = {
         "name": name,
@@ -63,6 +68,8 @@ def main(argv):
         "versions": versions(),
         "flags": settings.flag_values(),
     }
+    with replacing(run / "model.keras") as temporary:
+        model.save(temporary)
     write_json(run / "result.json", result)
     tables.print_tables(tables.results_table([result], cost_unit=cost.unit))
 

@@ -19,6 +19,7 @@ from fliqs_tf import topology, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
+from fliqs_tf.space import Space
 
 _LAYERS = keras.layers
 FORMAT = "INT8"
@@ -169,7 +170,7 @@ def _is_integer(layer, how) -> bool:
 
 
 def with_carriers(model: keras.Model) -> keras.Model:
-    """A copy of a quantized network with carriers, and its weights; the same if none are missing.
+    """A copy of a quantized network with carriers, and its weights.
 
     The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
     own, so that there can be a carrier before it.
@@ -177,11 +178,30 @@ def with_carriers(model: keras.Model) -> keras.Model:
     Args:
       model: Functional or Sequential, with `Quantized` layers.
     """
-    apart = _with_added(model, _activations_apart(model))
+    apart = with_added(model, _activations_apart(model))
     added = {path: [ActivationQuantizer([FORMAT], name=_last(path) + SUFFIX)] for path in places(apart)}
-    result = _with_added(apart, added)
-    link(result)
-    return result
+    return with_added(apart, added)
+
+
+def has_carriers(model: keras.Model) -> bool:
+    """True if int8 tensors between layers are simulated."""
+    return any(isinstance(layer, ActivationQuantizer) for _, layer in trace.walk(model))
+
+
+def menu(space) -> Space:
+    """The formats of a menu that integer kernels have; the rest of it is dropped.
+
+    Raises:
+      ValueError: There are none.
+    """
+    space = Space(space)
+    kept = [fmt for fmt in space.formats if is_integer(fmt)]
+    if not kept:
+        raise ValueError(
+            f"None of {', '.join(space.names)} has integer kernels: target='tflite' takes INT2 to INT8. A rule "
+            f"(pattern, None) leaves layers in float."
+        )
+    return Space(kept)
 
 
 def _last(path: str) -> str:
@@ -196,15 +216,17 @@ def _activations_apart(model) -> dict[str, list]:
     return found
 
 
-def _with_added(model: keras.Model, added: dict[str, list]) -> keras.Model:
-    """A copy of a network with layers put behind those of the given paths."""
-    if not added:
-        return model
+def with_added(model: keras.Model, added: dict[str, list], removed: set[str] = frozenset()) -> keras.Model:
+    """A copy of a network with layers put behind those of the given paths, and others taken out.
+
+    Raises:
+      ValueError: The network has a layer of such a name.
+    """
     used = {_last(path) for path, _ in trace.walk(model)}
     clash = [layer.name for layers in added.values() for layer in layers if layer.name in used]
     if clash:
         raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
-    config = _edited(model.get_config(), "", added)
+    config = _edited(model.get_config(), "", added, removed)
     classes = {type(layer).__name__: type(layer) for _, layer in trace.walk(model)}
     with keras.utils.custom_object_scope(classes):
         is_sequential = isinstance(model, keras.Sequential)
@@ -213,20 +235,32 @@ def _with_added(model: keras.Model, added: dict[str, list]) -> keras.Model:
         copy.build((None, *model.inputs[0].shape[1:]))
     copies = dict(trace.walk(copy))
     for path, layer in trace.walk(model):
-        if layer.weights:
+        if layer.weights and path in copies:
             copies[path].set_weights(layer.get_weights())
     return copy
 
 
-def _edited(config: dict, prefix: str, added: dict[str, list]) -> dict:
+def without(model: keras.Model, cls: type) -> keras.Model:
+    """A copy of a network without the layers of a class that read one value and change no shape."""
+    paths = [path for path, layer in trace.walk(model) if isinstance(layer, cls)]
+    return with_added(model, {}, set(paths)) if paths else model
+
+
+def _edited(config: dict, prefix: str, added: dict[str, list], removed: set[str]) -> dict:
     """The configuration of a network with layers put in; what read the ones before reads them instead."""
     entries, renamed = [], {}
+    names = {entry.get("name") for entry in config["layers"]}
     for entry in config["layers"]:
         name = entry.get("name") or entry["config"]["name"]
         path = prefix + name
+        if path in removed:
+            if "inbound_nodes" in entry:
+                (source,) = {reference[0] for reference in topology.references(entry["inbound_nodes"], names)}
+                renamed[name] = renamed.get(source, source)
+            continue
         entry = dict(entry)
         if "layers" in entry["config"]:
-            entry["config"] = _edited(entry["config"], f"{path}/", added)
+            entry["config"] = _edited(entry["config"], f"{path}/", added, removed)
         news = added.get(path, [])
         if news and entry["class_name"] == "Quantized" and isinstance(news[0], _LAYERS.Activation):
             layer = dict(entry["config"]["layer"])
@@ -312,12 +346,8 @@ def calibrate(model: keras.Model, representative: Iterable | None) -> None:
     for carrier, quantizer in followers(model):
         if carrier.range[1] == 0 and quantizer.range[1] > 0:
             carrier.range.assign(quantizer.range)
-    missing = {
-        place: quantizer
-        for path, layer in trace.walk(model)
-        for place, quantizer in _quantizers(path, layer)
-        if quantizer.range[1] == 0
-    }
+    link(model)
+    missing = unseen(model)
     if missing and representative is None:
         raise ValueError(
             f"{len(missing)} int8 tensors have no range: {', '.join(list(missing)[:6])}{', ...' * (len(missing) > 6)}. "
@@ -329,6 +359,16 @@ def calibrate(model: keras.Model, representative: Iterable | None) -> None:
                 model(x, training=False)
         if any(quantizer.range[1] == 0 for quantizer in missing.values()):
             raise ValueError("representative holds no batch.")
+
+
+def unseen(model: keras.Model) -> dict[str, ActivationQuantizer]:
+    """Where it is -> quantizer, of those whose range no data has set."""
+    return {
+        place: quantizer
+        for path, layer in trace.walk(model)
+        for place, quantizer in _quantizers(path, layer)
+        if quantizer.range[1] == 0
+    }
 
 
 def _quantizers(path, layer):

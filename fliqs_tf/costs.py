@@ -103,7 +103,7 @@ class Cost:
         """Total cost of a model in `unit`.
 
         Args:
-          model: A wrapped, deployed or plain Keras model.
+          model: A wrapped, deployed or plain Keras model, or what `site_formats` gave.
           formats: A recipe, or one format for every quantized layer. None: the formats of a deployed model, or the
             most likely ones of a wrapped model.
 
@@ -117,12 +117,16 @@ class Cost:
 def site_formats(model, formats: Recipe | Format | str | None = None) -> list[tuple[Site, Format, Format]]:
     """What a cost prices: (layer, weight format, input format) in network order.
 
+    Costs and profiles take it in place of a model, which saves tracing the model for each of them.
+
     Args:
       model, formats: As for `Cost`.
 
     Raises:
       ValueError: The recipe does not fit the model.
     """
+    if isinstance(model, list):
+        return model
     if formats is None and hasattr(model, "recipe"):
         formats = model.recipe()
     name = getattr(model, "name", "")

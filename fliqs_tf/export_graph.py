@@ -16,6 +16,7 @@ import numpy as np
 from fliqs_tf import carriers, deployed, topology, trace
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.formats import Format
+from fliqs_tf.kernel_rounding import KernelRounding
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
 
@@ -34,6 +35,8 @@ class Step:
       activation: What follows at once: "linear", "relu", "relu6".
       options: What the kind needs, see `steps`.
       linear: The weights of a "linear" step.
+      shift: The Keras variable that an offset of the output, per channel, can be added to; None if there is none.
+      last: Path of the last layer that the step stands for.
     """
 
     kind: str
@@ -44,6 +47,8 @@ class Step:
     activation: str = "linear"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     linear: Linear | None = None
+    shift: Any = None
+    last: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,16 @@ class Grid:
     def scale(self) -> np.float32:
         """amax / largest, as the rounding kernel computes it."""
         return deployed.scale_of(self.amax, self.format)[()]
+
+    @property
+    def spread(self) -> int:
+        """How many times finer than the format's the steps of the int8 codes are that carry it, see export_tflite."""
+        return 127 // self.largest
+
+    @property
+    def carried_scale(self) -> np.float32:
+        """What one int8 code is worth."""
+        return self.scale / np.float32(self.spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +154,26 @@ def steps(model: keras.Model) -> Graph:
     return Graph(topo.inputs, _merged(found, topo.outputs), topo.outputs, topo.output_names)
 
 
+def check_layers(model: keras.Model) -> None:
+    """Raises, before any training, if a layer of a network has no counterpart in a file.
+
+    Raises:
+      ValueError: Names the layer.
+    """
+    topo = topology.read(model)
+    shapes = {value: shape for value, _, shape, _ in topo.inputs}
+    for call in topo.calls:
+        inputs = [(None, *shapes[v]) for v in call.inputs]
+        shapes[call.output] = _output_shape(call, inputs)
+        if isinstance(call.layer, Quantized):
+            layer = call.layer.quantized_layer
+            if len(trace.kernels(layer)) == 2 or _operation(call.path, layer, inputs[0][1:]) != "dense":
+                _window(layer, call.path)
+            _activation(layer, call.path, None)
+        elif not isinstance(call.layer, ActivationQuantizer):
+            _read(call, [s[1:] for s in inputs], shapes[call.output], iter(range(10**9)))
+
+
 def _output_shape(call, inputs) -> tuple:
     if not hasattr(call.layer, "compute_output_shape"):
         raise unsupported(call.path, call.layer)
@@ -186,7 +221,8 @@ def _read(call: topology.Call, inputs, output, fresh) -> list[Step]:
     if reader is None:
         raise unsupported(call.path, layer)
     kind, options = reader(layer, call.path, inputs)
-    return [Step(kind, *base, options=options)]
+    shift = getattr(layer, "beta", None) if kind == "affine" else None
+    return [Step(kind, *base, options=options, shift=shift)]
 
 
 def grid_of(quantizer: ActivationQuantizer, path: str) -> Grid:
@@ -251,9 +287,9 @@ def _linear_steps(call, layer, value, shape, output, quantized, fresh) -> list[S
         options = {} if operation == "dense" else _window(layer, call.path)
     fused = name if name in ("linear", "relu", "relu6") else "linear"
     result = call.output if fused == name else next(fresh)
-    made.append(
-        Step("linear", call.path, (value,), result, (shape, output), activation=fused, options=options, linear=second)
-    )
+    shift = getattr(layer, "bias", None)
+    base = (call.path, (value,), result, (shape, output))
+    made.append(Step("linear", *base, activation=fused, options=options, linear=second, shift=shift))
     if fused != name:
         kind, options = _activation(layer, call.path, None)
         made.append(Step(kind, call.path, (result,), call.output, (output, output), options=options))
@@ -413,6 +449,7 @@ _READERS = {
     _LAYERS.Reshape: lambda layer, path, inputs: ("reshape", {}),
     _LAYERS.ZeroPadding2D: _padding,
     _LAYERS.UpSampling2D: _upsampling,
+    KernelRounding: lambda layer, path, inputs: ("identity", {}),
     **{layer: lambda layer, path, inputs: ("identity", {}) for layer in carriers.IDENTITIES},
 }
 
@@ -449,6 +486,7 @@ def _merged(found: list[Step], outputs) -> list[Step]:
             if step.kind == "affine":
                 if before.kind == "linear":
                     before.linear = before.linear.then(step.options["gain"], step.options["offset"])
+                    before.shift = step.shift
                 else:
                     gain, offset = before.options["gain"], before.options["offset"]
                     before.options = {
@@ -457,6 +495,7 @@ def _merged(found: list[Step], outputs) -> list[Step]:
                     }
             else:
                 before.activation = step.options["function"]
+            before.last = step.path
             del made_by[before.output]
             before.output = step.output
             before.shapes = (*before.shapes[:-1], step.shapes[-1])
@@ -472,3 +511,34 @@ def _takes(before: Step, step: Step) -> bool:
         return before.kind in ("linear", "affine")
     fusable = step.kind == "activation" and step.options["function"] in ("relu", "relu6")
     return fusable and before.kind in ("linear", "affine", "add")
+
+
+# ---- biases
+
+
+def settle(model: keras.Model) -> None:
+    """Moves biases to the multiples of (input scale * weight scale) that int32 biases can be.
+
+    By at most half of one, which is far less than quantization moves them about; but left as they are, rounding them in
+    the file would show in outputs. Changes the biases of layers and the betas of batch normalization in place.
+
+    Args:
+      model: A deployed model with carriers.
+    """
+    graph = steps(model)
+    grids = {step.output: step.options["grid"] for step in graph.steps if step.kind == "quantize"}
+    for step in graph.steps:
+        if step.shift is None or not all(v in grids and carriers.is_integer(grids[v].format) for v in step.inputs):
+            continue
+        linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.linear
+        if linear.codes is not None:
+            unit = float(grids[step.inputs[0]].carried_scale) * linear.scale
+            moved = np.rint(linear.bias / unit) * unit - linear.bias
+            step.shift.assign(np.asarray(_array(step.shift) + moved.reshape(step.shift.shape), np.float32))
+
+
+def ones(size: tuple[int, int], channels: int) -> Linear:
+    """A depthwise kernel of ones, with codes as large as they get: biases are then fine."""
+    shape = (*size, channels)
+    codes, scale = np.full(shape, 127, np.int8), np.full(channels, 1 / 127)
+    return Linear("depthwise", Format("INT8"), codes, scale, np.ones(shape), np.zeros(channels))

@@ -19,9 +19,10 @@ import os
 
 import numpy as np
 
-from fliqs_tf import carriers, export_graph, files, tflite_file
+from fliqs_tf import carriers, export_graph, files, tflite_file, trace
 from fliqs_tf._keras import check_model
 from fliqs_tf.export_graph import Graph, Grid, Linear, Step
+from fliqs_tf.kernel_rounding import KernelRounding, units
 from fliqs_tf.tflite_file import TfliteFile
 
 _ACTIVATION = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType of the schema
@@ -31,7 +32,7 @@ _LARGEST = 127
 _LARGEST_BIAS = 2**30
 
 
-def tflite(final, path: str | os.PathLike, representative=None):
+def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = True):
     """Writes a deployed model to a `.tflite` file.
 
     Args:
@@ -39,9 +40,13 @@ def tflite(final, path: str | os.PathLike, representative=None):
       path: The file to write. It is whole or not there.
       representative: Batches of model inputs, for the ranges of int8 tensors that a model trained without
         `target="tflite"` lacks. Enough that typical extremes are among them: a few hundred examples.
+      int4: Store weights of 4 bits or fewer as int4, two to a byte, where there are kernels. XNNPACK has none for
+        convolutions: LiteRT's own are slower and round twice. False: one to a byte, faster and exact, twice the size.
 
     Returns:
-      The Keras model that the file computes: `final` with its carriers (`fliqs_tf.carriers`).
+      The Keras model that the file computes: `final` with its carriers (`fliqs_tf.carriers`), biases as int32 can hold
+      them, and the rounding of the kernels that round in a way of their own. `check` of it shows whether the file is
+      right; `check` of `final` what the way to the file has cost.
 
     Raises:
       TypeError: The model is of the other Keras.
@@ -53,20 +58,41 @@ def tflite(final, path: str | os.PathLike, representative=None):
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    model = carriers.with_carriers(final)
+    model = carriers.with_carriers(carriers.without(final, KernelRounding))
     carriers.calibrate(model, representative)
-    graph = export_graph.steps(model)
-    content = _Writer(graph).to_bytes(f"{final.name}, written by fliqs_tf")
+    export_graph.settle(model)
+    writer = _Writer(export_graph.steps(model), int4)
+    content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return model
+    return _with_kernel_rounding(model, writer.rounded_twice)
+
+
+def as_shipped(model):
+    """A copy of a trained model with carriers that computes what its file will: see what `tflite` returns."""
+    model = carriers.with_carriers(model)
+    export_graph.settle(model)
+    writer = _Writer(export_graph.steps(model), int4=True)
+    writer.run()
+    return _with_kernel_rounding(model, writer.rounded_twice)
+
+
+def _with_kernel_rounding(model, units: dict[str, np.ndarray]):
+    """A copy of a model that rounds behind the layers of these paths as LiteRT's int4 convolutions do."""
+    layers = {path: KernelRounding(len(unit), name=f"{path.replace('/', '_')}_kernel") for path, unit in units.items()}
+    copy = carriers.with_added(model, {path: [layer] for path, layer in layers.items()})
+    by_name = {layer.name: layer for _, layer in trace.walk(copy)}
+    for path, layer in layers.items():
+        by_name[layer.name].unit.assign(units[path])
+    return copy
 
 
 class _Writer:
     """Turns steps into tensors and operations."""
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
+    def __init__(self, graph: Graph, int4: bool):
+        self.graph, self.int4 = graph, int4
+        self.rounded_twice: dict[str, np.ndarray] = {}  # last layer of a step -> unit of its first rounding
         self.file = TfliteFile()
         self.readers = graph.readers()
         self.floats: dict[int, int] = {}  # value -> float32 tensor
@@ -76,6 +102,10 @@ class _Writer:
 
     def to_bytes(self, description: str) -> bytes:
         """The file."""
+        return self.file.to_bytes(*self.run(), description)
+
+    def run(self) -> tuple[list[int], list[int]]:
+        """Writes every step; gives the tensors of inputs and outputs."""
         inputs = []
         for value, name, shape, dtype in self.graph.inputs:
             if dtype != "float32":
@@ -88,8 +118,7 @@ class _Writer:
         for step in self.graph.steps:
             self.shapes[step.output] = step.shapes[-1]
             self.write(step)
-        outputs = [self.as_float(value) for value in self.graph.outputs]
-        return self.file.to_bytes(inputs, outputs, description)
+        return inputs, [self.as_float(value) for value in self.graph.outputs]
 
     # ---- values as tensors
 
@@ -140,9 +169,8 @@ class _Writer:
         """From what the kernel wrote to the codes that all readers take."""
         tensor, _, zero_points = raw
         last = [tflite_file.Grid(grid.scale, z) for z in zero_points]
-        spread = _LARGEST // grid.largest
-        if spread > 1:
-            last.append(tflite_file.Grid(grid.scale / np.float32(spread)))
+        if grid.spread > 1:
+            last.append(self.meaning(grid))
         for meaning in last:
             following = self._int8(value, meaning)
             self.file.operation("QUANTIZE", [tensor], [following])
@@ -152,9 +180,10 @@ class _Writer:
     def _int8(self, value, meaning: tflite_file.Grid) -> int:
         return self.file.tensor(f"codes_{value}", (-1, *self.shapes[value]), np.int8, meaning)
 
-    def meaning(self, value: int, grid: Grid) -> tflite_file.Grid:
+    @staticmethod
+    def meaning(grid: Grid) -> tflite_file.Grid:
         """What the codes of `as_codes` mean."""
-        return tflite_file.Grid(grid.scale / np.float32(_LARGEST // grid.largest))
+        return tflite_file.Grid(grid.carried_scale)
 
     def wanted(self, value: int) -> Grid | None:
         """The grid that all readers of a value want its codes on; None if there is not exactly one."""
@@ -234,7 +263,7 @@ class _Writer:
             self.floats[step.output] = output
         else:
             inputs = [self.as_codes(value, grid) for value in step.inputs]
-            output = self._int8(step.output, self.meaning(step.output, grid))
+            output = self._int8(step.output, self.meaning(grid))
             self.codes[step.output] = {grid: output}
         getattr(self, f"move_{step.kind}")(step, inputs, output)
 
@@ -270,13 +299,16 @@ class _Writer:
     def integer_linear(self, step, grids, tensor, meaning):
         value, linear = step.inputs[0], step.linear
         source = self.as_codes(value, grids[0])
-        scale, codes, bias = _safe(linear, float(self.meaning(value, grids[0]).scale), float(meaning.scale))
-        self.kernel(step, linear, source, self.meaning(value, grids[0]), codes, scale, bias, tensor)
+        scale, codes, bias = _safe(linear, float(self.meaning(grids[0]).scale), float(meaning.scale))
+        self.kernel(step, linear, source, self.meaning(grids[0]), codes, scale, bias, tensor, meaning)
 
-    def kernel(self, step, linear: Linear, source, meaning, codes, scale, bias, tensor):
+    def kernel(self, step, linear: Linear, source, meaning, codes, scale, bias, tensor, target):
         """The operation of integer weights."""
         axis = 3 if linear.operation == "depthwise" else 0
-        narrow = linear.format.bits <= 4 and linear.operation in ("conv", "dense")
+        narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
+        if narrow and linear.operation == "conv":
+            multipliers = float(meaning.scale) * scale.astype(np.float32).astype(np.float64) / float(target.scale)
+            self.rounded_twice[step.last or step.path] = units(multipliers, float(target.scale))
         weights = self.constant(
             f"{step.path}/weights",
             _arranged(linear.operation, codes),
@@ -305,14 +337,14 @@ class _Writer:
     def integer_affine(self, step, grids, tensor, meaning):
         """Gain and offset per channel: a 1x1 depthwise kernel whose scales are the gains."""
         gain = step.options["gain"]
-        linear = _depthwise_ones((1, 1), len(gain)).then(gain, step.options["offset"])
+        linear = export_graph.ones((1, 1), len(gain)).then(gain, step.options["offset"])
         window = {"strides": (1, 1), "padding": "valid", "dilation": (1, 1)}
         self.integer_linear(_as_linear(step, linear, window), grids, tensor, meaning)
 
     def integer_average_pool(self, step, grids, tensor, meaning):
         """A depthwise kernel of ones: AVERAGE_POOL_2D would round to the steps of its input."""
         size = step.options["size"]
-        linear = _depthwise_ones(size, step.shapes[0][-1])
+        linear = export_graph.ones(size, step.shapes[0][-1])
         linear = linear.then(np.full(step.shapes[0][-1], 1 / (size[0] * size[1])), 0.0)
         window = {"strides": step.options["strides"], "padding": "valid", "dilation": (1, 1)}
         self.integer_linear(_as_linear(step, linear, window), grids, tensor, meaning)
@@ -405,17 +437,6 @@ def _fields(step):
 
 def _as_linear(step, linear, window) -> Step:
     return Step("linear", *_fields(step), activation=step.activation, options=window, linear=linear)
-
-
-def _depthwise_ones(size, channels) -> Linear:
-    """A depthwise kernel of ones, with codes as large as they get: biases are then fine."""
-    from fliqs_tf.formats import Format
-
-    shape = (*size, channels)
-    codes = np.full(shape, _LARGEST, np.int8)
-    return Linear(
-        "depthwise", Format("INT8"), codes, np.full(channels, 1 / _LARGEST), np.ones(shape), np.zeros(channels)
-    )
 
 
 def _safe(linear: Linear, source_scale: float, target_scale: float):

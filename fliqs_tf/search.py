@@ -13,6 +13,7 @@ Source of the method: FLIQS, arXiv 2308.03290. What differs from it by default, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -20,7 +21,18 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import costs, fitting, normalization, replicas, rewards, targets, wrapping
+from fliqs_tf import (
+    carriers,
+    costs,
+    export_graph,
+    export_tflite,
+    fitting,
+    normalization,
+    replicas,
+    rewards,
+    targets,
+    wrapping,
+)
 from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
@@ -53,7 +65,9 @@ def wrap(
       profile: A platform to search for: a `Profile`, the name of a shipped one, or the path of its JSON file. Every
         choice of the search then runs on the platform, and `compile` counts its cost unless told otherwise.
       target: What the result will be exported to: "tflite", "onnx" or "packed". Formats of the menu that it does not
-        run are left out; see `fliqs_tf.export.plan` for what it does with the others.
+        run are left out; see `fliqs_tf.export.plan` for what it does with the others. For "tflite" menus are restricted
+        to INT2 .. INT8, and the int8 tensors between the layers of the file that `fliqs_tf.export.tflite` writes are
+        quantized while training, so that what is trained is what ships.
       granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
@@ -73,15 +87,26 @@ def wrap(
     else:
         profile = Profile.load(profile)
         menus = profile.menus(tensors, space)
-    if target is not None:
-        menus = tuple(targets.menu(menu, target, tensors) for menu in menus)
+    if target == "tflite":
+        menus = [carriers.menu(menu) for menu in menus]
+        rules = [_for_integers(rule) for rule in wrapping.as_rules(rules)]
+    elif target is not None:
+        menus = [targets.menu(menu, target, tensors) for menu in menus]
     network = wrapping.quantized_network(model, menus[0], rules, granularity, tensors, *menus[1:])
+    if target == "tflite":
+        export_graph.check_layers(network)
+        network = carriers.with_carriers(network)
     searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
     if profile is not None:
         profile.check(searched.sites)
     if target is not None:
         _check_target(searched.sites, target)
     return searched
+
+
+def _for_integers(rule: wrapping.Rule) -> wrapping.Rule:
+    has_menu = rule.formats is not None and rule.formats is not wrapping.UNCHANGED
+    return dataclasses.replace(rule, formats=carriers.menu(rule.formats)) if has_menu else rule
 
 
 def _check_target(sites, target: str) -> None:
@@ -111,6 +136,8 @@ class SearchModel(keras.Model):
     def __init__(self, network, controller=None, input_shape=None, profile=None, **kwargs):
         super().__init__(**kwargs)
         self.network = network
+        if carriers.has_carriers(network):
+            carriers.link(network)
         self.profile = profile
         self._example_shape = input_shape
         self._search = {}
@@ -437,7 +464,8 @@ class SearchModel(keras.Model):
         """A plain Keras model with fixed formats: no controller, no sampling.
 
         With the search's own recipe it computes what this model computes, to the bit. Another recipe changes what
-        batch normalization sees: the moving averages are estimated anew.
+        batch normalization sees: the moving averages are estimated anew. Of a search with `target="tflite"` the model
+        is the one that the file computes, with biases as int32 holds them.
 
         Args:
           recipe: None: that of `recipe()`.
@@ -465,6 +493,8 @@ class SearchModel(keras.Model):
                 )
         if calibration_data is not None:
             normalization.reestimate(model, fitting.inputs_of(calibration_data))
+        if carriers.has_carriers(model) and not carriers.unseen(model):
+            return export_tflite.as_shipped(model)
         return model
 
     # ---- saving

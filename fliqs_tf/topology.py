@@ -98,7 +98,7 @@ def _open(model, values: list[int], prefix: str, counter: Iterator[int], calls: 
         return [value]
     config = model.get_config()
     layers = {layer.name: layer for layer in getattr(model, "operations", None) or model.layers}
-    known = dict(zip([name for name, _, _ in _references(config["input_layers"], layers)], values))
+    known = dict(zip([name for name, _, _ in references(config["input_layers"], layers)], values))
     found = {(name, 0, 0): value for name, value in known.items()}
     calls_of = {entry["name"]: len(entry["inbound_nodes"]) for entry in config["layers"]}
 
@@ -116,17 +116,17 @@ def _open(model, values: list[int], prefix: str, counter: Iterator[int], calls: 
     while pending:
         waiting = []
         for name, index, node in pending:
-            references = _references(node, layers)
-            if any(value_of(r) is None for r in references):
+            wanted = references(node, layers)
+            if any(value_of(r) is None for r in wanted):
                 waiting.append((name, index, node))
                 continue
-            read_values = [value_of(r) for r in references]
+            read_values = [value_of(r) for r in wanted]
             results = _called(layers[name], read_values, _constants(node, layers), prefix, counter, calls)
             found.update({(name, index, i): value for i, value in enumerate(results)})
         if len(waiting) == len(pending):
             raise ValueError(f"Layer {prefix}{waiting[0][0]!r} reads a value that no layer of the network gives.")
         pending = waiting
-    return [value_of(r) for r in _references(config["output_layers"], layers)]
+    return [value_of(r) for r in references(config["output_layers"], layers)]
 
 
 def _called(layer, values, constants, prefix, counter, calls) -> list[int]:
@@ -141,15 +141,15 @@ def _has_graph(model) -> bool:
     return "input_layers" in model.get_config()
 
 
-def _references(config, names) -> list[list]:
+def references(config, names) -> list[list]:
     """Every value that a piece of configuration refers to, in its order."""
     if is_reference(config, names):
         # The fourth entry of tf_keras holds what else the call was given, values too.
-        return [list(config[:3])] + [r for item in config[3:] for r in _references(item, names)]
+        return [list(config[:3])] + [r for item in config[3:] for r in references(item, names)]
     if isinstance(config, dict):
-        return [r for item in config.values() for r in _references(item, names)]
+        return [r for item in config.values() for r in references(item, names)]
     if isinstance(config, (list, tuple)):
-        return [r for item in config for r in _references(item, names)]
+        return [r for item in config for r in references(item, names)]
     return []
 
 

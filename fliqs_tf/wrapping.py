@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fliqs_tf import composite, trace
+from fliqs_tf import carriers, composite, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.quantized import Quantized
@@ -113,7 +113,7 @@ def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, P
       spaces: Menus of weights and of inputs.
       rules, granularity, tensors: As for `fliqs_tf.wrap`.
     """
-    rules = _as_rules(rules)
+    rules = as_rules(rules)
     if annotations:
         paths = [path for path in paths if path in annotations]
         if not paths:
@@ -127,13 +127,15 @@ def decision_names(base: str, tensors: str) -> tuple[str, str]:
     return (f"{base}/weights", f"{base}/activations") if tensors == "separate" else (base, base)
 
 
-def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
+def apply(model: keras.Model, recipe: Recipe | Format | str, *, target: str | None = None) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 
     Args:
       model: A built Keras model; stays as it is, its weights are copied.
       recipe: A recipe for this model, or one format for every layer. Layers that the recipe does not name stay
         in float if the recipe came from a search that left them so.
+      target: "tflite": int8 tensors between the layers are quantized too, as in the file that
+        `fliqs_tf.export.tflite` writes.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
@@ -153,7 +155,19 @@ def apply(model: keras.Model, recipe: Recipe | Format | str) -> keras.Model:
             weights, activations = decided[path]["weights"], decided[path].get("activations")
             menus = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
             arguments[id(layer)] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
-    return _copy(model, arguments)
+    copy = _copy(model, arguments)
+    if not is_for_tflite(target):
+        return copy
+    copy = carriers.with_carriers(copy)
+    carriers.link(copy)
+    return copy
+
+
+def is_for_tflite(target: str | None) -> bool:
+    """Raises for a target other than None and "tflite"."""
+    if target not in (None, "tflite"):
+        raise ValueError(f"target must be None or 'tflite', got {target!r}.")
+    return target is not None
 
 
 def fixed(network: keras.Model, formats: dict[str, str]) -> keras.Model:
@@ -207,7 +221,8 @@ def layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
     return layers
 
 
-def _as_rules(rules) -> list[Rule]:
+def as_rules(rules) -> list[Rule]:
+    """Rules as `fliqs_tf.wrap` takes them, as `Rule` objects."""
     if isinstance(rules, (str, Rule)):
         raise ValueError(f"rules must be a list of rules, got {rules!r}.")
     for rule in rules:

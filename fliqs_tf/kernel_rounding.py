@@ -1,0 +1,53 @@
+"""The rounding of LiteRT's int4 convolutions, as a Keras layer.
+
+They turn an accumulator into an output code in two steps: to multiples of 2^-n of a code, then to codes, halves up. n
+depends on the scales of the channel. Up to a few values in a hundred end one code off the nearest. XNNPACK's int8
+kernels round once; it has none for int4 convolutions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf._keras import add_state, keras
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class KernelRounding(keras.layers.Layer):
+    """Rounds to multiples of a unit per channel and leaves halves of an output code for the quantizer to round up.
+
+    Args:
+      channels: Number of channels, the last axis.
+    """
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.unit = add_state(self, "unit", (channels,), "float32", initial=1)
+        self.built = True
+
+    def call(self, x):
+        unit = tf.convert_to_tensor(self.unit)
+        # A quarter of a unit breaks the tie and is too small to do anything else.
+        return (tf.round(x / unit) + 0.25) * unit
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "channels": self.channels}
+
+
+def units(multipliers: np.ndarray, scale: float) -> np.ndarray:
+    """The unit of each channel.
+
+    Args:
+      multipliers: input scale * weight scale / output scale of each channel.
+      scale: Output scale.
+
+    Returns:
+      float32 array: scale * 2^-n, where 2^-n is the power of two at or above the multiplier, at most 1.
+    """
+    _, exponents = np.frexp(multipliers)
+    return (scale * np.exp2(np.minimum(exponents, 0))).astype(np.float32)
