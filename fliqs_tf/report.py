@@ -20,13 +20,17 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import os
 import pathlib
+import reprlib
 from collections.abc import Mapping
 
 from fliqs_tf import pictures
+from fliqs_tf.files import read_json, replacing, write_text
 
 _DPI = 144
+_LARGEST = 10**30
 _CSS_DPI = 96  # what browsers call an inch: pictures appear in their own size, sharp on dense screens
 _RECIPE, _METRICS, _DECISIONS = "recipe.json", "metrics.jsonl", "decisions.json"
 
@@ -67,7 +71,7 @@ def write_report(run_dir):
         raise FileNotFoundError(
             f"{run_dir} holds neither {_RECIPE} nor {_METRICS}: give the directory of a run (--run_dir of search)."
         )
-    recipe = _read_json(run_dir / _RECIPE, {})
+    recipe = _read(run_dir / _RECIPE, _check_recipe, {})
     rows, unreadable = read_metrics(run_dir / _METRICS)
     unit = recipe.get("cost_unit", "")
     drawn = []
@@ -80,7 +84,7 @@ def write_report(run_dir):
         if "target_cost" in recipe:
             title += f" (target {_number(recipe['target_cost'])})"
         drawn.append(("formats.png", pictures.formats_figure(layers, title)))
-    history = _probabilities(rows, _read_json(run_dir / _DECISIONS, []))
+    history = _probabilities(rows, _read(run_dir / _DECISIONS, _check_decisions, []))
     if history:
         drawn.append(("probabilities.png", pictures.probabilities_figure(*history)))
     if any(pictures.has_curve(row) for row in rows):
@@ -91,7 +95,7 @@ def write_report(run_dir):
         _save(figure, run_dir / name)
         written.append(run_dir / name)
     page = _page(run_dir.resolve().name, recipe, layers, written, unreadable)
-    (run_dir / "report.html").write_text(page, encoding="utf-8")
+    write_text(run_dir / "report.html", page)
     return [*written, run_dir / "report.html"]
 
 
@@ -115,10 +119,10 @@ def read_metrics(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line, parse_int=_whole)
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
+        if not isinstance(row, dict) or not _is_number(row.get("step")):
             unreadable += 1
             continue
         while rows and rows[-1]["step"] > row["step"]:
@@ -144,17 +148,72 @@ def comparison_base(rows):
     return next((row for row in priced if row["name"].startswith("uniform INT8")), priced[0] if priced else None)
 
 
-def _read_json(path, default):
+def _read(path, check, default):
     if not path.exists():
         return default
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Delete it to have a report without it.") from error
+    content = read_json(path, "file of a run", most_bytes=64 * 2**20)
     if not isinstance(content, type(default)):
         kind = "an object" if isinstance(default, dict) else "a list"
         raise ValueError(f"{path} must hold {kind}, it holds {type(content).__name__}.")
+    try:
+        check(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not of a run: {error} Delete it to have a report without it.") from None
     return content
+
+
+_LAYER = {"name": "text", "macs": "number", "weights": "number", "cost": "number"}
+_FORMATS = {"weight_format": "text or null", "activation_format": "text or null", "decision": "text or null"}
+_SCORES = {"accuracy": "number or null", "cost": "number or null", "bits_per_character": "number or null"}
+
+
+def _check_recipe(recipe):
+    _check(recipe, {}, {**_SCORES, "target_cost": "number or null", "cost_unit": "text"}, "it")
+    for key, needed, known in (("layers_table", _LAYER, _FORMATS), ("reference", {"name": "text"}, _SCORES)):
+        rows = recipe.get(key, [])
+        if not isinstance(rows, list):
+            raise ValueError(f"{key!r} must be a list, got {reprlib.repr(rows)}.")
+        for i, row in enumerate(rows):
+            _check(row, needed, known, f"{key}[{i}]")
+            if key == "layers_table" and not {"weight_format", "activation_format"} <= row.keys():
+                raise ValueError(f"{key}[{i}] has no 'weight_format' or no 'activation_format'.")
+
+
+def _check_decisions(decisions):
+    for i, decision in enumerate(decisions):
+        _check(decision, {"name": "text"}, {}, f"entry {i}")
+        options = decision.get("options")
+        if not isinstance(options, list) or not options or not all(isinstance(name, str) for name in options):
+            raise ValueError(f"entry {i} must have 'options', a list of formats, got {reprlib.repr(options)}.")
+
+
+def _check(entry, needed, known, where):
+    """Raises unless an entry is an object with the needed keys, and those that are there are of their kinds."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be an object, got {reprlib.repr(entry)}.")
+    for key, kind in {**needed, **known}.items():
+        if key not in entry:
+            if key in needed:
+                raise ValueError(f"{where} has no {key!r}.")
+            continue
+        value, may_be_null = entry[key], kind.endswith("or null")
+        fits = isinstance(value, str) if kind.startswith("text") else _is_number(value)
+        if not fits and not (value is None and may_be_null):
+            raise ValueError(f"{key!r} of {where} must be a {kind}, got {reprlib.repr(value)}.")
+
+
+def _is_number(value):
+    """A finite number of a size that arithmetic can stand."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _LARGEST if isinstance(value, int) else math.isfinite(value)
+
+
+def _whole(text):
+    """An integer of JSON, unless it has more digits than any count."""
+    if len(text) > len(str(_LARGEST)):
+        raise ValueError(f"A number has {len(text)} digits.")
+    return int(text)
 
 
 def _probabilities(rows, decisions):
@@ -166,7 +225,12 @@ def _probabilities(rows, decisions):
 
     def fits(row):
         found = row.get("probabilities")
-        return isinstance(found, Mapping) and all(len(found.get(name, ())) == len(options[name]) for name in options)
+        return isinstance(found, Mapping) and all(
+            isinstance(found.get(name), list)
+            and len(found[name]) == len(options[name])
+            and all(map(_is_number, found[name]))
+            for name in options
+        )
 
     rows = [row for row in rows if fits(row)] if options else []
     if not rows:
@@ -176,7 +240,8 @@ def _probabilities(rows, decisions):
 
 
 def _save(figure, path):
-    figure.savefig(os.fspath(path), dpi=_DPI)
+    with replacing(path) as temporary:
+        figure.savefig(os.fspath(temporary), dpi=_DPI)
 
 
 _STYLE = """

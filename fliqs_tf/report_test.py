@@ -224,11 +224,58 @@ def test_directory_that_is_no_run(tmp_path):
 def test_damaged_json_names_the_file(tmp_path):
     write_run(tmp_path)
     (tmp_path / "decisions.json").write_text('[{"name"')
-    with pytest.raises(ValueError, match=r"decisions\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"decisions\.json is not a file of a run: "):
         report.write_report(tmp_path)
     (tmp_path / "decisions.json").write_text("{}")
     with pytest.raises(ValueError, match=r"decisions\.json must hold a list, it holds dict"):
         report.write_report(tmp_path)
+
+
+def without(entry, key):
+    return {k: v for k, v in entry.items() if k != key}
+
+
+WRONG = {
+    "a layer without MACs": ({"layers_table": [without(LAYERS[0], "macs")]}, r"layers_table\[0\] has no 'macs'"),
+    "a layer without a format": ({"layers_table": [without(LAYERS[0], "weight_format")]}, "has no 'weight_format'"),
+    "a layer that is a text": ({"layers_table": ["conv1"]}, r"layers_table\[0\] must be an object, got 'conv1'"),
+    "layers that are an object": ({"layers_table": {}}, "'layers_table' must be a list"),
+    "a cost that is a text": ({"cost": "much"}, "'cost' of it must be a number or null, got 'much'"),
+    "a cost that is true": ({"cost": True}, "'cost' of it must be a number or null, got True"),
+    "a cost of many digits": ({"cost": 10**31}, "'cost' of it must be a number or null"),
+    "a unit that is a number": ({"cost_unit": 1}, "'cost_unit' of it must be a text, got 1"),
+    "a reference without a name": ({"reference": [{"cost": 1.0}]}, r"reference\[0\] has no 'name'"),
+}
+
+
+@pytest.mark.parametrize("change, why", WRONG.values(), ids=WRONG)
+def test_a_recipe_of_another_form_names_the_entry(tmp_path, change, why):
+    write_run(tmp_path, recipe={**RECIPE, **change})
+    with pytest.raises(ValueError, match=rf"recipe\.json is not of a run: .*{why}.*Delete it"):
+        report.write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("decisions", [[3], [{"name": "conv1"}], [{"name": "conv1", "options": [4, 8]}]])
+def test_decisions_of_another_form_name_the_entry(tmp_path, decisions):
+    write_run(tmp_path, decisions=decisions)
+    with pytest.raises(ValueError, match=r"decisions\.json is not of a run: entry 0 must"):
+        report.write_report(tmp_path)
+
+
+def test_lines_of_metrics_that_are_anything(tmp_path):
+    lines = [
+        '{"step": 1, "loss": 2.0}',
+        "[" * 100_000,
+        '{"step": NaN}',
+        '{"step": %s}' % ("9" * 5000),
+        '{"step": true}',
+    ]
+    lines += ['{"step": 2, "loss": NaN, "probabilities": {"conv1": 3, "conv2": ["x", 0, 1]}}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    rows, unreadable = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and unreadable == 4
+    assert report._probabilities(rows, DECISIONS) is None
 
 
 def test_again_it_overwrites(tmp_path):

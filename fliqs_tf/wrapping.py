@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,10 @@ class Rule:
     def __post_init__(self):
         try:
             re.search(self.pattern, "")
-        except (re.error, TypeError) as error:
-            raise ValueError(f"Rule pattern {self.pattern!r} is not a regular expression: {error}.") from None
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"Rule pattern {reprlib.repr(self.pattern)} is not a regular expression: {error}."
+            ) from None
         if self.formats is not UNCHANGED and self.formats is not None:
             object.__setattr__(self, "formats", Space(self.formats))
 
