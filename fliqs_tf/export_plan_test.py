@@ -111,11 +111,13 @@ def dense():
 
 
 def test_a_search_for_a_target_leaves_out_what_does_not_run_there():
-    assert fliqs_tf.wrap(dense(), "MIXED", target="tflite").decisions[0].options == ("INT4", "INT8", "BF16")
+    assert fliqs_tf.wrap(dense(), "MIXED", target="tflite").decisions[0].options == ("INT4", "INT8")
     assert fliqs_tf.wrap(dense(), ["E3M2", "E4M3", "INT8"], target="onnx").decisions[0].options == ("E4M3", "INT8")
-    with pytest.raises(ValueError, match="Nothing of the menu E2M1, E4M3 runs on tflite"):
+    with pytest.raises(ValueError, match="Nothing of the menu E3M2, E2M3 runs on onnx"):
+        fliqs_tf.wrap(dense(), ["E3M2", "E2M3"], target="onnx")
+    with pytest.raises(ValueError, match="None of E2M1, E4M3 has integer kernels"):
         fliqs_tf.wrap(dense(), ["E2M1", "E4M3"], target="tflite")
-    with pytest.raises(ValueError, match="Layer 'b' cannot have E4M3 weights and E4M3 inputs: TFLite has no kernels"):
-        fliqs_tf.wrap(dense(), ["INT4", "INT8"], [("b", ["INT8", "E4M3"])], target="tflite")
+    with pytest.raises(ValueError, match="Layer 'b' cannot have E3M2 weights and E3M2 inputs: ONNX has no type"):
+        fliqs_tf.wrap(dense(), ["INT4", "INT8"], [("b", ["INT8", "E3M2"])], target="onnx")
     with pytest.raises(ValueError, match="Unknown target 'coreml'"):
         fliqs_tf.wrap(dense(), ["INT4", "INT8"], target="coreml")
