@@ -29,6 +29,7 @@ TESTS = [
     "hypothesis>=6.100",
     "ml-dtypes>=0.5",
     "gfloat>=0.5",
+    "ai-edge-quantizer>=0.10",
     *SAFETENSORS,
     *ONNX,
     *HUB,

@@ -58,3 +58,13 @@ def plan(recipe_or_model, target):
     from fliqs_tf import export_plan
 
     return export_plan.plan(recipe_or_model, target)
+
+
+def aeq_recipe(recipe, path):
+    """Writes a recipe as JSON for ai-edge-quantizer, for those who quantize a float `.tflite` file with that tool.
+
+    See `fliqs_tf.export_aeq.aeq_recipe` for arguments and errors, and its module for how its weights compare with ours.
+    """
+    from fliqs_tf import export_aeq
+
+    export_aeq.aeq_recipe(recipe, path)

@@ -131,9 +131,26 @@ class TfliteFile:
                         raise AttributeError(f"{options_class} has no field {field}.")
                     setattr(operator.builtinOptions, field, value)
             graph.operators.append(operator)
+        model.signatureDefs = [self._signature(schema, inputs, outputs)]
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
+
+    def _signature(self, schema, inputs: list[int], outputs: list[int]):
+        """The names by which `get_signature_runner` takes inputs and gives outputs: those of the tensors."""
+        signature = schema.SignatureDefT()
+        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+        signature.inputs, signature.outputs = (self._named(schema, tensors) for tensors in (inputs, outputs))
+        return signature
+
+    def _named(self, schema, tensors: list[int]) -> list:
+        found, names = [], [self.tensors[tensor][0] for tensor in tensors]
+        for i, tensor in enumerate(tensors):
+            entry = schema.TensorMapT()
+            entry.name = names[i] if names.count(names[i]) == 1 else f"{names[i]}_{i}"
+            entry.tensorIndex = tensor
+            found.append(entry)
+        return found
 
     def _tensor(self, schema, model, name, shape, dtype, grid, data):
         tensor = schema.TensorT()
