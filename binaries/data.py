@@ -22,12 +22,13 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-from binaries import text
+from binaries import imagenet, text
+from binaries.devices import WHOLE
 
 # Image data sets; name -> augmentation: the largest shift in pixels, and whether images may be mirrored
 # (a mirrored digit is another character, a mirrored shoe points the other way than all others).
 AUGMENTATION = {"digits": (1, False), "fashion_mnist": (2, False), "cifar10": (4, True)}
-NAMES = (*AUGMENTATION, "shakespeare")
+NAMES = (*AUGMENTATION, "shakespeare", *imagenet.NAMES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,18 +78,22 @@ class Data:
         return len(self.split(split)[1])
 
     def reader(self, split, augment):
-        """(index [batch], seed [2]) -> (images float32 [batch, *input_shape], labels int64 [batch])."""
+        """(index [batch], seed [2], rows) -> (images float32 [batch, *input_shape], labels int64 [batch]).
+
+        `rows` is (first, whole): the examples are rows first, first + 1, ... of a batch of so many.
+        """
         images, labels = self.split(split)
         height, width, channels = self.input_shape
         with tf.device("CPU"):
             stored, labels = tf.constant(images), tf.constant(labels)
         if not augment:
-            return lambda index, seed: (self.normalize(tf.gather(stored, index)), tf.gather(labels, index))
+            return lambda index, seed, rows: (self.normalize(tf.gather(stored, index)), tf.gather(labels, index))
         pixels = _pixel_table(images)
 
-        def augmented(index, seed):
-            batch_size = index.shape[0]
-            draws = tf.random.stateless_uniform([3, batch_size], seed)
+        def augmented(index, seed, rows):
+            batch_size, (first, whole) = index.shape[0], rows
+            draws = tf.random.stateless_uniform([3, whole], seed)
+            draws = tf.gather(draws, first + tf.range(batch_size, dtype=tf.int64), axis=1)
             span = 2 * self.shift + 1
             down, right = tf.unstack(tf.cast(draws[:2] * span, tf.int32) - self.shift)
             mirrored = (draws[2] < 0.5) if self.flip else tf.zeros([batch_size], tf.bool)
@@ -107,7 +112,7 @@ class Data:
         return tf.reshape(rows, [tf.shape(images)[0], *self.input_shape])
 
 
-def load(name, data_dir=None, seed=0, holdout=0.1):
+def load(name, data_dir=None, seed=0, holdout=0.1, image_size=224):
     """Reads a data set and holds a part of its training split back for quality.
 
     Args:
@@ -117,6 +122,7 @@ def load(name, data_dir=None, seed=0, holdout=0.1):
         the archive is. Not used for digits.
       seed: chooses which examples are held back.
       holdout: the share of each class of the training split to hold back, at least 0 and below 1; 0 for none.
+      image_size: height and width of the images of imagenet2012; the others have one of their own.
 
     Returns:
       A `Data`, or a `text.Text`.
@@ -130,6 +136,8 @@ def load(name, data_dir=None, seed=0, holdout=0.1):
         raise ValueError(f"Unknown data set {name!r}. Known data sets: {', '.join(NAMES)}.")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout must be at least 0 and below 1 (got {holdout}).")
+    if name in imagenet.NAMES:
+        return imagenet.load(name, data_dir, holdout, image_size)
     if name == "shakespeare":
         return text.Text(
             name=name,
@@ -186,7 +194,7 @@ def stratified_split(labels, share, seed):
     return np.setdiff1d(np.arange(len(labels)), taken), taken
 
 
-def train_batches(data, *, batch_size, seed, start_step, total_steps, augment=True):
+def train_batches(data, *, batch_size, seed, start_step, total_steps, augment=True, share=WHOLE):
     """Training batches of steps `start_step` .. `total_steps - 1`.
 
     Epochs are of len(train) // batch_size steps; the examples that fill no whole batch (other
@@ -199,6 +207,8 @@ def train_batches(data, *, batch_size, seed, start_step, total_steps, augment=Tr
       start_step: the first step to give, 0 at the start of a run.
       total_steps: the number of steps of the whole run.
       augment: whether to shift, and for CIFAR-10 mirror, images at random.
+      share: of several workers, which rows of each batch to give: `share.local` data set elements per step, of
+        `share.rows(batch_size)` examples each.
 
     Returns:
       A finite `tf.data.Dataset` of (images float32 [batch_size, height, width, channels],
@@ -215,18 +225,35 @@ def train_batches(data, *, batch_size, seed, start_step, total_steps, augment=Tr
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"start_step must be 0 to total_steps={total_steps} (got {start_step}).")
     steps_per_epoch = examples // batch_size
+    if isinstance(data, imagenet.Stream):
+        return data.train_batches(
+            batch_size=batch_size,
+            seed=seed,
+            start_step=start_step,
+            total_steps=total_steps,
+            augment=augment,
+            share=share,
+        )
     seed = tf.constant(seed, tf.int64)
     read = data.reader("train", augment)
 
-    def batch(step):
+    def batch(element):
+        step, rows = _step_and_rows(element, share, batch_size)
         epoch, position = step // steps_per_epoch, step % steps_per_epoch
-        slots = position * batch_size + tf.range(batch_size, dtype=tf.int64)
-        return read(_shuffled(slots, tf.stack([seed, epoch]), examples), tf.stack([seed, step]))
+        index = _shuffled(position * batch_size + rows, tf.stack([seed, epoch]), examples)
+        return read(index, tf.stack([seed, step]), (rows[0], batch_size))
 
-    return _pipeline(tf.data.Dataset.range(start_step, total_steps), batch)
+    return _pipeline(tf.data.Dataset.range(start_step * share.local, total_steps * share.local), batch)
 
 
-def quality_batches(data, batch_size, seed, start_batch=0):
+def _step_and_rows(element, share, batch_size):
+    """The step that an element of a worker's data set belongs to, and which rows of the step's batch it is."""
+    replica = share.first + element % share.local
+    count = share.rows(batch_size)
+    return element // share.local, replica * count + tf.range(count, dtype=tf.int64)
+
+
+def quality_batches(data, batch_size, seed, start_batch=0, share=WHOLE):
     """Endless batches over the held-back split, not augmented.
 
     The split is gone through in one random order after the other, without a gap: batch k is a
@@ -244,16 +271,19 @@ def quality_batches(data, batch_size, seed, start_batch=0):
     examples = data.examples("quality")
     if not examples:
         raise ValueError("Nothing is held back for quality: load the data with a holdout above 0, such as 0.1.")
+    if isinstance(data, imagenet.Stream):
+        return data.quality_batches(batch_size, seed, start_batch, share)
     seed = tf.constant(seed, tf.int64)
     read = data.reader("quality", augment=False)
 
-    def batch(k):
-        slots = k * batch_size + tf.range(batch_size, dtype=tf.int64)
+    def batch(element):
+        k, rows = _step_and_rows(element, share, batch_size)
+        slots = k * batch_size + rows
         # A batch may end one pass and begin the next: each example has its own pass's seed.
-        seeds = tf.stack([tf.fill([batch_size], seed), slots // examples], axis=1)
-        return read(_shuffled(slots % examples, seeds, examples), None)
+        seeds = tf.stack([tf.fill([share.rows(batch_size)], seed), slots // examples], axis=1)
+        return read(_shuffled(slots % examples, seeds, examples), None, None)
 
-    return _pipeline(tf.data.Dataset.counter(start_batch), batch)
+    return _pipeline(tf.data.Dataset.counter(start_batch * share.local), batch)
 
 
 def eval_batches(data, split, batch_size):
@@ -274,11 +304,13 @@ def eval_batches(data, split, batch_size):
     examples = data.examples(split)
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more (got {batch_size}).")
+    if isinstance(data, imagenet.Stream):
+        return data.eval_batches(split, batch_size)
     batch_size = even_batch_size(examples, batch_size)
     read = data.reader(split, augment=False)
     # As many examples as fill whole batches give static shapes only if nothing is left over.
     batches = tf.data.Dataset.range(examples).batch(batch_size, drop_remainder=examples % batch_size == 0)
-    return _pipeline(batches, lambda index: read(index, None))
+    return _pipeline(batches, lambda index: read(index, None, None))
 
 
 def even_batch_size(examples, batch_size):

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import fliqs_tf
-from fliqs_tf._keras import keras
+from fliqs_tf._keras import IS_KERAS_3, keras
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # 20 steps an epoch; a narrow network compiles and runs fast.
@@ -80,6 +81,10 @@ def test_a_second_run_in_its_directory_is_refused(searched):
     assert (path / "recipe.json").read_bytes() == before
 
 
+def weights(path):
+    return {f"{i}": np.asarray(w) for i, w in enumerate(keras.models.load_model(path).get_weights())}
+
+
 def test_killed_and_resumed_ends_with_the_same_bits(searched, tmp_path):
     path, _ = searched
     process = start("search.py", f"--run_dir={tmp_path / 'killed'}", *SMALL)
@@ -87,11 +92,21 @@ def test_killed_and_resumed_ends_with_the_same_bits(searched, tmp_path):
     while not list((tmp_path / "killed").glob("checkpoints/step-00000025.ckpt")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 75, errors
+    step = int(re.search(r"Stopped on request at step (\d+), with a checkpoint of it\. Go on by --resume\.", output)[1])
+    process = start("search.py", f"--run_dir={tmp_path / 'killed'}", "--resume", *SMALL)
+    while not list((tmp_path / "killed").glob("checkpoints/step-00000050.ckpt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert f"Going on from step {step} of 80." in process.communicate()[0]
     status, output, errors = run("search.py", f"--run_dir={tmp_path / 'killed'}", "--resume", *SMALL)
     assert status == 0, errors
     assert "Going on from step" in output
+    for name, array in weights(path / "model.keras").items():
+        np.testing.assert_array_equal(array, weights(tmp_path / "killed" / "model.keras")[name], err_msg=name)
     last = "checkpoints/step-00000080.ckpt"
     assert (tmp_path / "killed" / last).read_bytes() == (path / last).read_bytes()
     formats = [json.loads((p / "recipe.json").read_text())["formats"] for p in (path, tmp_path / "killed")]
@@ -148,6 +163,11 @@ def test_text_is_searched_and_trained(tmp_path):
         (["--model=resnet9000"], "resnet20"),
         (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
         (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
+        (["--strategy=mirrored", "--devices=3"], "--batch_size=64 must be a multiple of the 3 replicas"),
+        (
+            ["--strategy=multiworker"],
+            "Set TF_USE_LEGACY_KERAS=1 before the program starts" if IS_KERAS_3 else "needs TF_CONFIG",
+        ),
     ],
 )
 def test_bad_flags_end_with_one_clear_message(flags, message, tmp_path):

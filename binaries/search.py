@@ -9,6 +9,7 @@ report.html.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -17,13 +18,15 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from absl import app, flags
 
 import fliqs_tf
 from binaries import data as datasets
-from binaries import settings, tables
+from binaries import devices, settings, tables
+from binaries.preemption import STATUS, Preemption
 from binaries.run_dir import RunDir, versions
-from fliqs_tf import checkpoints, report, targets
+from fliqs_tf import checkpoints, fitting, replicas, report, targets
 from fliqs_tf.files import read_json, replacing, write_json
 
 FLAGS = flags.FLAGS
@@ -64,22 +67,32 @@ def main(argv):
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if FLAGS.quality_data == "held_out" and FLAGS.holdout == 0:
         sys.exit("--quality_data=held_out needs held-out data: set --holdout above 0, or take --quality_data=train.")
+    preemption = Preemption()
+    strategy = devices.strategy()
     settings.set_up_process()
     data = settings.load_data()
+    devices.check_batch_size(strategy, FLAGS.batch_size)
     examples = data.examples("train")
     steps_per_epoch = examples // FLAGS.batch_size
     if steps_per_epoch == 0:
         sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
     total = steps_per_epoch * FLAGS.epochs
-    model = build(data, total)  # before --overwrite removes anything
-    run = RunDir(
-        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search", resume=FLAGS.resume, overwrite=FLAGS.overwrite
-    )
-    with run.explained():
-        write_json(run / "flags.json", settings.flag_values())
-        write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
-        train(model, data, run, steps_per_epoch, total)
-        finish(run, summarize(model, data, total))
+    with strategy.scope():
+        model = build(data, total)  # before --overwrite removes anything
+    path = FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search"
+    # Of several workers the first one alone writes.
+    run = RunDir(path, resume=FLAGS.resume, overwrite=FLAGS.overwrite) if devices.is_chief(strategy) else None
+    with run.explained() if run else contextlib.nullcontext():
+        if run:
+            write_json(run / "flags.json", settings.flag_values())
+            write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
+        train(model, data, run, pathlib.Path(path) / "checkpoints", preemption, steps_per_epoch, total)
+        # On all workers: to read a variable may need all of them.
+        results = summarize(model, data, total)
+        if run:
+            finish(run, results)
+    # A worker that is gone looks like one that was lost.
+    replicas.Workers(strategy).any(False)
 
 
 def build(data, total: int) -> fliqs_tf.SearchModel:
@@ -111,6 +124,8 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
             quality_samples=FLAGS.quality_samples,
             search_steps=total,
             seed=FLAGS.seed,
+            sample_per_replica=FLAGS.sample_per_replica,
+            steps_per_execution=FLAGS.steps_per_execution,
             controller={
                 "estimator": FLAGS.estimator,
                 "entropy_schedule": FLAGS.entropy_schedule,
@@ -142,47 +157,87 @@ def _rules() -> list[fliqs_tf.Rule]:
     return rules
 
 
-def train(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
-    """Fits to the end, from the newest checkpoint if there is one."""
-    start = 0
-    if FLAGS.resume:
-        try:
-            start = checkpoints.restore_newest(run / "checkpoints", model) or 0
-        except ValueError as error:
-            sys.exit(str(error))
-        run.keep_metrics_until(start)
-        print(f"Going on from step {start} of {total}.")
+def train(
+    model, data, run: RunDir | None, directory: pathlib.Path, preemption: Preemption, steps_per_epoch: int, total: int
+) -> None:
+    """Fits to the end, from the newest checkpoint in `directory` if there is one. `run`: None but on the chief."""
+    strategy = model.distribute_strategy
+    start = _restored(model, run, directory, total) if FLAGS.resume else 0
     callbacks = [
-        fliqs_tf.SearchLog(run.path),
-        fliqs_tf.SearchCheckpoint(run / "checkpoints", FLAGS.checkpoint_every_steps),
-        tables.ProgressBar(total, start),
+        fliqs_tf.SearchCheckpoint(
+            directory,
+            FLAGS.checkpoint_every_steps,
+            FLAGS.keep_checkpoints,
+            every_minutes=FLAGS.checkpoint_every_minutes,
+            preempted=preemption,
+            write=run is not None,
+        ),
     ]
+    if run is not None:
+        callbacks += [fliqs_tf.SearchLog(run.path), tables.ProgressBar(total, start)]
+
+    def batches(begin, end):
+        return devices.distributed(
+            strategy,
+            lambda share: datasets.train_batches(
+                data, batch_size=FLAGS.batch_size, seed=FLAGS.seed, start_step=begin, total_steps=end, share=share
+            ),
+        )
+
+    def held_out(readings):
+        return devices.distributed(
+            strategy,
+            lambda share: datasets.quality_batches(
+                data, FLAGS.batch_size, FLAGS.seed, start_batch=readings, share=share
+            ),
+        )
+
+    # The first batches of the run, wherever this process took it up.
+    first_batches = batches(0, min(total, fitting.ESTIMATION_BATCHES))
+    preemption.training()
     # The first epoch may be one that the run before left half done.
     boundaries = [start, -(-start // steps_per_epoch) * steps_per_epoch, total]
     for begin, end in itertools.pairwise(boundaries):
         if begin == end:
             continue
         epoch, steps = begin // steps_per_epoch, min(steps_per_epoch, end - begin)
-        held_out = None
-        if FLAGS.quality_data == "held_out":
-            # Readings so far decide where in the held-out data the next one is.
-            readings = begin // FLAGS.quality_every
-            held_out = datasets.quality_batches(data, FLAGS.batch_size, FLAGS.seed, start_batch=readings)
         try:
             model.fit(
-                datasets.train_batches(
-                    data, batch_size=FLAGS.batch_size, seed=FLAGS.seed, start_step=begin, total_steps=end
-                ).take(end - begin),
+                batches(begin, end),
                 epochs=epoch + (end - begin) // steps,
                 initial_epoch=epoch,
                 steps_per_epoch=steps,
-                quality_data=held_out,
+                # Readings so far decide where in the held-out data the next one is.
+                quality_data=held_out(begin // FLAGS.quality_every) if FLAGS.quality_data == "held_out" else None,
+                calibration_data=first_batches,
                 callbacks=callbacks,
                 shuffle=False,
                 verbose=0,
             )
         except FloatingPointError as error:
-            sys.exit(f"{error}\nThe last good checkpoint is in {run / 'checkpoints'}.")
+            sys.exit(f"{error}\nThe last good checkpoint is in {directory}.")
+        except fliqs_tf.Preempted as stop:
+            print(f"{stop} Go on by --resume.", flush=True)
+            # At once: the machine is about to go, and other workers may be gone.
+            os._exit(STATUS)
+    preemption.done()
+    if start == total:  # the run before ended between its last checkpoint and its results
+        fitting.reestimate(model, first_batches)
+
+
+def _restored(model, run: RunDir | None, directory: pathlib.Path, total: int) -> int:
+    """Restores the newest checkpoint, and returns its step, 0 without one. The workers have theirs from the first."""
+    start, workers = 0, replicas.Workers(model.distribute_strategy)
+    if run is not None:
+        try:
+            start = checkpoints.restore_newest(directory, model) or 0
+        except ValueError as error:
+            sys.exit(str(error))
+        run.keep_metrics_until(start)
+        print(f"Going on from step {start} of {total}.", flush=True)
+    start = int(workers.first(np.array(start)))
+    checkpoints.take_from_first(model, workers)
+    return start
 
 
 def summarize(model, data, total: int) -> dict:
@@ -192,7 +247,8 @@ def summarize(model, data, total: int) -> dict:
     final = model.deploy()
     scores = settings.test_scores(final, data)
     reference = [_reference(pathlib.Path(path)) for path in FLAGS.references]
-    examples = datasets.train_batches(data, batch_size=250, seed=FLAGS.seed, start_step=0, total_steps=32)
+    size = min(250, data.examples("train"))
+    examples = datasets.train_batches(data, batch_size=size, seed=FLAGS.seed, start_step=0, total_steps=32)
     for fmt in _uniform_formats(model):
         uniform = fliqs_tf.Recipe.uniform(model, fmt)
         reference.append(

@@ -10,6 +10,7 @@ from absl import flags
 
 import models
 from binaries import data as datasets
+from binaries import devices
 from fliqs_tf._keras import keras
 
 FLAGS = flags.FLAGS
@@ -20,7 +21,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("model", "resnet8", "Network; an unknown name lists the known ones.")
 flags.DEFINE_float("width", 1.0, "Multiplier of the network's filters.")
-flags.DEFINE_integer("batch_size", 64, "Examples per training step.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 64, "Examples per training step, of all replicas together.", lower_bound=1)
+flags.DEFINE_alias("global_batch_size", "batch_size")
+flags.DEFINE_integer("image_size", 224, "Height and width of the images of imagenet2012.", lower_bound=32)
 flags.DEFINE_float("holdout", 0.1, "Share of the training split that weights never see.", 0, 0.5)
 flags.DEFINE_integer("seed", 0, "Seed of weights, data order, augmentation and draws.", 0, 2**31 - 1)
 
@@ -32,6 +35,9 @@ def define_training_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace the run in --run_dir.")
     flags.DEFINE_bool("deterministic", False, "Same bits for the same seed, at some cost in speed.")
     flags.DEFINE_integer("checkpoint_every_steps", 1000, "Steps between checkpoints.", lower_bound=1)
+    flags.DEFINE_float("checkpoint_every_minutes", None, "Minutes between checkpoints, besides.", lower_bound=0.01)
+    flags.DEFINE_integer("keep_checkpoints", 3, "How many checkpoints stay.", lower_bound=1)
+    devices.define_flags()
     flags.DEFINE_integer("epochs", 60, "Passes over the training data.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 0.1, "Peak rate; it falls to 0 by a cosine.", lower_bound=0)
     flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "Stochastic gradient descent with momentum, or AdamW.")
@@ -48,7 +54,7 @@ def set_up_process() -> None:
 def load_data() -> datasets.Data | datasets.text.Text:
     """The data set of the flags; a missing one ends the program with how to prepare it."""
     try:
-        return datasets.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed, FLAGS.holdout)
+        return datasets.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed, FLAGS.holdout, FLAGS.image_size)
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(str(error))
 

@@ -59,13 +59,13 @@ class Text:
         return len(self._windows(split))
 
     def reader(self, split: str, augment: bool):
-        """(index [batch], seed) -> (characters int32 [batch, context], those that follow int32 [batch, context])."""
+        """(index [batch], seed, rows) -> (characters int32 [batch, context], those that follow them, likewise)."""
         del augment
         with tf.device("CPU"):
             windows = tf.constant(self._windows(split))
 
-        def read(index, seed):
-            del seed
+        def read(index, seed, rows):
+            del seed, rows
             chosen = tf.cast(tf.gather(windows, index), tf.int32)
             return chosen[:, :-1], chosen[:, 1:]
 

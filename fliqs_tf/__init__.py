@@ -1,7 +1,7 @@
 """FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
 
 from fliqs_tf import costs, export, rewards, schedules
-from fliqs_tf.callbacks import SearchCheckpoint, SearchLog
+from fliqs_tf.callbacks import Preempted, SearchCheckpoint, SearchLog
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
 from fliqs_tf.profile import Profile
@@ -18,6 +18,7 @@ __all__ = [
     "PRESETS",
     "Controller",
     "Format",
+    "Preempted",
     "Profile",
     "Quantized",
     "Recipe",

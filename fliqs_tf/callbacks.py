@@ -8,11 +8,12 @@ import logging
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import checkpoints
+from fliqs_tf import checkpoints, replicas
 from fliqs_tf._keras import keras
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -108,23 +109,54 @@ class SearchLog(keras.callbacks.Callback):
         self.file.flush()
 
 
+class Preempted(Exception):
+    """The process was asked to go away; a checkpoint of `step` has been written."""
+
+    def __init__(self, step: int):
+        super().__init__(f"Stopped on request at step {step}, with a checkpoint of it.")
+        self.step = step
+
+
+# Several workers must save at the same step. They agree on it as often as this, by a few bytes.
+_AGREE_EVERY = 16
+
+
 class SearchCheckpoint(keras.callbacks.Callback):
-    """Saves the whole state of a search every few steps, see `checkpoints.save`.
+    """Saves the whole state of a search every few steps or minutes, see `checkpoints.save`.
+
+    A state that is not finite is not saved: it would push out good ones.
 
     Args:
       directory: Where the files go.
-      every_steps: Steps between two checkpoints.
+      every_steps: Steps between two checkpoints. None: no such limit.
       keep: How many stay.
+      every_minutes: Minutes between two. None: no such limit.
+      preempted: Whether the process should go away; when it says so, a checkpoint is written and `Preempted` raised.
+      write: False for the workers of a strategy that do not write. All of them need this callback.
     """
 
-    def __init__(self, directory: str | os.PathLike, every_steps: int, keep: int = 3):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        every_steps: int | None,
+        keep: int = 3,
+        *,
+        every_minutes: float | None = None,
+        preempted: Callable[[], bool] = lambda: False,
+        write: bool = True,
+    ):
         super().__init__()
-        if every_steps < 1 or keep < 1:
+        if (every_steps is not None and every_steps < 1) or keep < 1:
             raise ValueError(f"every_steps and keep must be 1 or more, got {every_steps} and {keep}.")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"every_minutes must be above 0, got {every_minutes}.")
         self.directory, self.every_steps, self.keep = directory, every_steps, keep
+        self.every_minutes, self.preempted, self.write = every_minutes, preempted, write
 
     def on_train_begin(self, logs=None):
         self.step = self.saved = int(tf.convert_to_tensor(self.model.controller.step))
+        self.workers = replicas.Workers(self.model.distribute_strategy)
+        self.saved_at = time.monotonic()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
@@ -132,15 +164,24 @@ class SearchCheckpoint(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         before, self.step = self.step, self.step + batch - self.last_batch
         self.last_batch = batch
-        if self.step // self.every_steps > before // self.every_steps:
+        overdue, leave = False, False
+        if not self.workers.several or self.step // _AGREE_EVERY > before // _AGREE_EVERY:
+            minutes = (time.monotonic() - self.saved_at) / 60
+            late = self.write and self.every_minutes is not None and minutes >= self.every_minutes
+            overdue, leave = self.workers.any(late, self.preempted())
+        due = self.every_steps is not None and self.step // self.every_steps > before // self.every_steps
+        if due or overdue or leave:
             self._save()
+        if leave:
+            raise Preempted(self.step)
 
     def on_train_end(self, logs=None):
         if self.step > self.saved:
             self._save()
 
     def _save(self):
-        if int(tf.convert_to_tensor(self.model.bad_step)) >= 0:
-            return  # not over a good one
-        checkpoints.save(self.directory, self.model, self.step, keep=self.keep)
-        self.saved = self.step
+        finite = (np.isfinite(np.array(tf.convert_to_tensor(v))).all() for v in self.model.trainable_variables)
+        if int(tf.convert_to_tensor(self.model.bad_step)) >= 0 or not all(finite):
+            return
+        checkpoints.save(self.directory, self.model, self.step, keep=self.keep, write=self.write)
+        self.saved, self.saved_at = self.step, time.monotonic()

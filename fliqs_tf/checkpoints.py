@@ -6,6 +6,7 @@ model's and its optimizer's variables in their order. Nothing in it is code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,6 +18,8 @@ import struct
 import numpy as np
 import tensorflow as tf
 
+from fliqs_tf._keras import IS_KERAS_3
+
 _LOG = logging.getLogger("fliqs_tf")
 _MAGIC = b"FLIQSCK1"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -24,7 +27,7 @@ _NAME = re.compile(r"step-([0-9]{8,})\.ckpt")
 _LENGTH = struct.Struct("<Q")
 
 
-def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pathlib.Path:
+def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3, write: bool = True) -> pathlib.Path | None:
     """Writes `directory/step-00001200.ckpt` and removes all but the newest `keep`.
 
     Args:
@@ -32,6 +35,7 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pa
       model: A compiled model; its optimizer's variables are saved too.
       step: Training steps done.
       keep: How many files stay, 1 or more.
+      write: False for the workers of a strategy that do not write: to read a variable may need all of them.
 
     Raises:
       ValueError: keep is less than 1.
@@ -40,8 +44,10 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pa
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, got {keep}.")
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     arrays = [np.array(tf.convert_to_tensor(v)) for v in _variables(model)]
+    if not write:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"step": step, "arrays": [[list(a.shape), a.dtype.name] for a in arrays]}).encode()
     chunks = [_LENGTH.pack(len(header)), header, *(a.tobytes() for a in arrays)]
     digest = hashlib.sha256()
@@ -58,7 +64,8 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3) -> pa
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    for old in files(directory)[:-keep]:
+    # What a process left that was killed while it wrote.
+    for old in [*files(directory)[:-keep], *directory.glob(".step-*.ckpt.tmp")]:
         old.unlink(missing_ok=True)
     return path
 
@@ -119,10 +126,40 @@ def _restore(path, header, data, model) -> None:
         offset += count * np.dtype(dtype).itemsize
 
 
+def take_from_first(model, workers) -> None:
+    """Gives all workers of a strategy what the first one has restored: they need not see its files.
+
+    Args:
+      model: A compiled model.
+      workers: `replicas.Workers`.
+    """
+    if workers.several:
+        for variable in _variables(model):
+            variable.assign(workers.first(np.array(tf.convert_to_tensor(variable))))
+
+
 def _variables(model) -> list:
+    state = [*model.variables, *_random_states(model)]
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
-        return list(model.variables)
-    optimizer.build(model.trainable_variables)
+        return state
+    with optimizer_scope(model):
+        optimizer.build(model.trainable_variables)
     own = optimizer.variables
-    return [*model.variables, *(own() if callable(own) else own)]
+    return [*state, *(own() if callable(own) else own)]
+
+
+def optimizer_scope(model):
+    """Where the variables of the optimizer are made: those of a strategy belong to its scope."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def _random_states(model) -> list:
+    """Of layers that draw, such as Dropout, in tf_keras; Keras 3 has them among the variables of the model."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if IS_KERAS_3 or strategy is None or strategy.num_replicas_in_sync > 1:
+        return []  # replicas draw differently, and only the first one's state could be read
+    generators = (getattr(layer, "_random_generator", None) for layer in model.submodules)
+    found = {id(g): getattr(g, "_generator", None) for g in generators if g is not None}
+    return [generator.state for generator in found.values() if generator is not None]

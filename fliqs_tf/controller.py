@@ -380,7 +380,7 @@ class Controller(keras.layers.Layer):
         REINFORCE it is the most likely sample, as in the paper.
 
         Args:
-          agree: Where several workers decide: what makes one choice of theirs, see `replicas.agreed`.
+          agree: Where several workers decide: what makes one choice of theirs, see `replicas.Workers.first`.
 
         Returns:
           int32 [D].

@@ -15,12 +15,12 @@ from fliqs_tf._keras import keras
 
 _LOG = logging.getLogger("fliqs_tf")
 # Batches from which moving averages are estimated: 32 batches of 64 give their means to about 2 % of a deviation.
-_ESTIMATION_BATCHES = 32
+ESTIMATION_BATCHES = 32
 # A non-finite loss is noticed within so many steps; the variable it is noticed by remembers the exact one.
 _CHECK_EVERY = 16
 
 
-def fit(model, keras_fit, x, y, args, kwargs, quality_data):
+def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     """See `SearchModel.fit`."""
     arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
     start = int(tf.convert_to_tensor(model.controller.step))
@@ -36,8 +36,15 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data):
     model.use_sample()
     if model.stop_training or int(tf.convert_to_tensor(model.controller.step)) >= total:
         # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
-        normalization.reestimate(model.network, inputs_of((x, batch_size)))
+        reestimate(model, (x, batch_size) if calibration_data is None else calibration_data)
     return history
+
+
+def reestimate(model, data) -> None:
+    """Estimates the moving averages of a search model from the first batches of data, see `inputs_of`."""
+    source = data[0] if isinstance(data, tuple) else data
+    shared = isinstance(source, tf.distribute.DistributedDataset)
+    normalization.reestimate(model.network, inputs_of(data), shared=shared)
 
 
 def _total_steps(model, arguments, start: int) -> int:
@@ -80,6 +87,8 @@ def _create_variables(model, arguments) -> None:
     x, y = arguments["x"], arguments.get("y")
     if isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
         _, y, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
+        # Of several replicas' shares the first.
+        y = y if hasattr(y, "shape") else (tf.nest.flatten(y, expand_composites=True) or [None])[0]
     outputs = model.network.outputs
     if len(outputs) != 1 or not hasattr(y, "shape"):
         return  # then the first step is traced twice
@@ -87,12 +96,12 @@ def _create_variables(model, arguments) -> None:
     def one_example(t):
         return tf.zeros([1, *[size or 1 for size in tuple(t.shape)[1:]]], t.dtype)
 
-    y_spec, y_pred_spec = y, outputs[0]
+    y_pred_spec = outputs[0]
 
     def count_one_example():
-        y, y_pred = one_example(y_spec), one_example(y_pred_spec)
-        model.compute_loss(None, y, y_pred, None)
-        model.compute_metrics(None, y, y_pred, None)
+        y_true, y_pred = one_example(y), one_example(y_pred_spec)
+        model.compute_loss(None, y_true, y_pred, None)
+        model.compute_metrics(None, y_true, y_pred, None)
 
     if model.distribute_strategy.num_replicas_in_sync == 1:
         count_one_example()
@@ -108,6 +117,7 @@ class _SearchLoop(keras.callbacks.Callback):
         super().__init__()
         self.search_model, self.step, self.batches = search_model, start, batches
         self.strategy = search_model.distribute_strategy
+        self.workers = replicas.Workers(self.strategy)
         self.draw, self.read, self.learn = _reading_functions(search_model)
         self.decided = bool(tf.convert_to_tensor(search_model.controller.decided))
 
@@ -123,8 +133,7 @@ class _SearchLoop(keras.callbacks.Callback):
         if self.decided:
             return
         if self.step >= controller.decided_at():
-            with self.strategy.scope():
-                controller.decide(lambda choice: replicas.agreed(choice, self.strategy))
+            controller.decide(self.workers.first)
             self.search_model.use_sample()
             self.decided = True
         elif self.batches is not None:
@@ -214,7 +223,7 @@ def inputs_of(data):
         batches = (data[i][0] for i in range(len(data)))
     else:
         return []  # a generator that training has used up
-    return itertools.islice(batches, _ESTIMATION_BATCHES)
+    return itertools.islice(batches, ESTIMATION_BATCHES)
 
 
 def _slices(arrays, size: int):

@@ -59,7 +59,7 @@ def _normalize(layer, x, found):
     return tf.cast(y, x.dtype)
 
 
-def reestimate(model: keras.Model, batches) -> int:
+def reestimate(model: keras.Model, batches, *, shared: bool = False) -> int:
     """Replaces the moving averages by the mean of the batches' statistics. Forward passes only.
 
     Under a distribution strategy every replica takes its share of each batch, as if it were a batch of its own. All
@@ -68,6 +68,7 @@ def reestimate(model: keras.Model, batches) -> int:
     Args:
       model: Its formats must be set.
       batches: Iterable of model inputs.
+      shared: The batches are already what the replicas of this process share.
 
     Returns:
       The number of batches used; 0 leaves the averages as they are.
@@ -92,7 +93,7 @@ def reestimate(model: keras.Model, batches) -> int:
 
     replicas, count = strategy.num_replicas_in_sync, 0
     for x in batches:
-        if replicas > 1 and not isinstance(x, tf.distribute.DistributedValues):
+        if replicas > 1 and not shared:
             if tf.nest.flatten(x)[0].shape[0] < replicas:
                 continue
             x = strategy.experimental_distribute_values_from_function(_share_of(x, replicas))

@@ -50,15 +50,40 @@ def of_first(value: tf.Tensor) -> tf.Tensor:
     return _reduce(tf.distribute.ReduceOp.SUM, tf.where(index() == 0, value, tf.zeros_like(value)))
 
 
-def agreed(array: np.ndarray, strategy: tf.distribute.Strategy) -> np.ndarray:
-    """The first worker's array on all workers of a strategy, which all must call it. On the host, between steps."""
-    if strategy.num_replicas_in_sync == 1:
-        return array
-    # As float32, which every device has: exact for the indices and flags that this is for.
-    run = tf.function(lambda x: strategy.run(of_first, (x,)), autograph=False)
-    result = strategy.experimental_local_results(run(tf.constant(array, tf.float32)))[0]
-    return result.numpy().astype(array.dtype)
+class Workers:
+    """What the processes of a strategy tell each other between steps, on the host. All of them must ask together.
+
+    Args:
+      strategy: With one process there is nothing to tell, and nothing is sent.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        self.several = (
+            isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.num_replicas_in_sync > 1
+        )
+        signature = [tf.TensorSpec([None], tf.float32)]
+        local = strategy.experimental_local_results
+        first = tf.function(lambda x: strategy.run(of_first, (x,)), signature, autograph=False)
+        average = tf.function(lambda x: strategy.run(mean, (x,)), signature, autograph=False)
+        self._first, self._average = (lambda x: local(first(x))[0].numpy()), (lambda x: local(average(x))[0].numpy())
+
+    def first(self, array: np.ndarray) -> np.ndarray:
+        """The first worker's array, to the bit, whatever its dtype; the others bring one of the same shape."""
+        if not self.several:
+            return array
+        content = np.ascontiguousarray(array).tobytes()
+        # Every device adds float32; halves of words are exact in it.
+        halves = np.frombuffer(content + b"\0" * (len(content) % 2), np.uint16).astype(np.float32)
+        received = self._first(tf.constant(halves)).astype(np.uint16).tobytes()[: len(content)]
+        return np.frombuffer(received, array.dtype).reshape(array.shape).copy()
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on any worker."""
+        if not self.several:
+            return list(flags)
+        return (self._average(tf.constant(flags, tf.float32)) > 0).tolist()
 
 
 def _reduce(operation, value):
-    return tf.distribute.get_replica_context().all_reduce(operation, value)
+    # An argument of a traced function is on no device yet; where the result goes is read from the value.
+    return tf.distribute.get_replica_context().all_reduce(operation, tf.identity(value))

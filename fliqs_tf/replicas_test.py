@@ -1,5 +1,12 @@
 """Searches under a distribution strategy: two replicas on two logical devices of the CPU (see conftest.py)."""
 
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -98,6 +105,51 @@ def test_two_replicas_with_half_the_batch_end_as_one_with_all_of_it(strategy, he
     assert np.ptp(steps[-2][0][0]) > 0  # something was learned
     np.testing.assert_allclose(weights(two), weights(one), rtol=1e-4, atol=1e-5)
     assert two.recipe() == one.recipe()
+    for name in ("loss", "accuracy", "switch_rate"):
+        np.testing.assert_allclose(two.history.history[name], one.history.history[name], rtol=1e-4)
+    deployed = two.deploy()  # outside of the strategy: a plain model
+    np.testing.assert_allclose(deployed(IMAGES[:8]), one.deploy()(IMAGES[:8]), rtol=1e-3, atol=1e-4)
+
+
+def worker(path):
+    """What one of two processes does."""
+    qmodel, steps = searched(tf.distribute.MultiWorkerMirroredStrategy(), True)
+    logs = qmodel.history.history
+    np.savez(path, weights=weights(qmodel), logits=[step[0][0] for step in steps], cost=logs["cost"], loss=logs["loss"])
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 does not train under MultiWorkerMirroredStrategy")
+def test_two_processes_end_as_one(tmp_path):
+    with socket.socket() as one, socket.socket() as two:
+        for s in (one, two):
+            s.bind(("localhost", 0))
+        hosts = [f"localhost:{s.getsockname()[1]}" for s in (one, two)]
+    processes = []
+    for i in range(2):
+        config = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": i}}
+        code = f"from fliqs_tf import replicas_test; replicas_test.worker({str(tmp_path / f'{i}.npz')!r})"
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=pathlib.Path(__file__).parents[1],
+                env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    one, steps = searched(tf.distribute.get_strategy(), True)
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    for logits, (expected, *_) in zip(first["logits"], steps, strict=True):
+        np.testing.assert_allclose(tf.nn.softmax(logits), tf.nn.softmax(expected[0]), atol=2e-3)
+    np.testing.assert_allclose(first["weights"], weights(one), rtol=1e-4, atol=1e-5)
+    logs = one.history.history
+    np.testing.assert_allclose(first["loss"], logs["loss"], rtol=1e-4)
+    np.testing.assert_allclose(first["cost"], logs["cost"], rtol=1e-2)
 
 
 def test_replicas_with_samples_of_their_own(strategy):
@@ -172,7 +224,9 @@ def test_what_replicas_tell_each_other(strategy):
         for found, expected in zip(local, (values, [2.0, -7.0, 3.0], values[0], 1.5)):
             np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(replicas.gathered(tf.constant([1.0])), [[1.0]])
-    np.testing.assert_array_equal(replicas.agreed(np.array([3, 0]), strategy), [3, 0])
+    workers = replicas.Workers(strategy)  # one process
+    np.testing.assert_array_equal(workers.first(np.array([3, 0])), [3, 0])
+    assert workers.any(True, False) == [True, False]
 
 
 def test_the_whole_step_compiles_once(monkeypatch):

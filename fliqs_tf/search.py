@@ -141,6 +141,8 @@ class SearchModel(keras.Model):
         self.profile = profile
         self._example_shape = input_shape
         self._search = {}
+        # What a step returns is the same on all replicas; tf_keras would add it up.
+        self.distribute_reduction_method = "first"
         # What Keras keeps to itself of the batch at work. The replicas of a strategy are threads.
         self._batch = threading.local()
         self.controller = self._new_controller(controller or {})
@@ -297,7 +299,7 @@ class SearchModel(keras.Model):
 
     # ---- training
 
-    def fit(self, x=None, y=None, *args, quality_data=None, **kwargs):
+    def fit(self, x=None, y=None, *args, quality_data=None, calibration_data=None, **kwargs):
         """Keras' `fit`: trains the weights and searches the formats.
 
         Args:
@@ -305,6 +307,8 @@ class SearchModel(keras.Model):
           quality_data: Batches (x, y) that the weights never see, as a `tf.data.Dataset`, or a pair of arrays:
             quality is read from them. None: quality is that of the training batch, which costs nothing but says
             less, see the README.
+          calibration_data: Batches from which batch normalization is re-estimated at the end of the search. None: the
+            first ones of the training data.
 
         Returns:
           Keras' History. Its logs hold, beside loss and metrics: reward, cost (expected, in the cost's unit),
@@ -321,7 +325,7 @@ class SearchModel(keras.Model):
             raise ValueError(
                 "compile was called without target_cost; fit needs it, for example target_cost='0.25x INT8'."
             )
-        return fitting.fit(self, super().fit, x, y, args, kwargs, quality_data)
+        return fitting.fit(self, super().fit, x, y, args, kwargs, quality_data, calibration_data)
 
     def configure_controller(self, total_steps: int, held_out: bool) -> None:
         """Tells the controller what it optimizes. `fit` calls it; a loop of your own must, once."""

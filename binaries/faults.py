@@ -1,0 +1,443 @@
+"""Does to searches what machines do, and checks that they end as one that was left alone: bit-identical.
+
+    python binaries/faults.py                       # all, half an hour on 2 cores; the table of docs/reliability.md
+    python binaries/faults.py --kills=2 --only=kill,preemption
+
+The search is that of `binaries/search.py` on the digits with a network of two layers, so that each of the hundred runs
+takes seconds. "The same bits" means: the last checkpoint (weights, optimizer, controller, activation ranges) byte for
+byte, every array of model.keras, and the recipe. What needs a file system of its own needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FLAGS = ["--epochs=3", "--deterministic", "--learning_rate=0.05", "--checkpoint_every_steps=5", "--quality_every=4"]
+STEPS = 60  # 20 an epoch
+SECONDS = 600  # no run takes longer, or it hangs
+# Moments of a checkpoint write; the number is that of the write.
+WRITES = [("first_half", 2), ("written", 3), ("synced", 5), ("renamed", 6), ("first_half", 9), ("written", 12)]
+
+
+# ---- what runs: search.py, with a small network and a fault in it
+
+
+def worker(fault: str, at: int, argv: list[str]) -> None:
+    """Runs search.py in this process. `at`: step or number of the checkpoint write."""
+    sys.path.insert(0, str(ROOT))
+    from absl import app
+
+    from binaries import search
+
+    search.settings.build_network = _small_network
+    search._uniform_formats = lambda model: []  # only the search is of interest
+    search.report.write_report = lambda path: None
+    make = search.fliqs_tf.SearchModel._new_controller
+    # Compiling it takes longer than the run.
+    search.fliqs_tf.SearchModel._new_controller = lambda self, options: make(self, {**options, "jit_compile": False})
+    if fault in dict(WRITES):
+        _kill_at_write(fault, at)
+    elif fault == "data":
+        _spoil_data(at)
+    elif fault == "gradient":
+        _spoil_gradient(at)
+    app.run(search.main, argv=["search.py", *argv])
+
+
+def _small_network(data):
+    from fliqs_tf._keras import keras
+
+    layers = [
+        keras.layers.Input(data.input_shape),
+        keras.layers.Conv2D(4, 3, strides=2, name="conv"),
+        keras.layers.BatchNormalization(),
+        keras.layers.ReLU(),
+        keras.layers.Flatten(),
+        keras.layers.Dropout(0.1, seed=1),
+        keras.layers.Dense(data.classes, name="predictions"),
+    ]
+    return keras.Sequential(layers, name="small")
+
+
+def _kill_at_write(moment: str, number: int) -> None:
+    from fliqs_tf import checkpoints
+
+    writes = {"first_half": 0, "written": 0, "synced": 0, "renamed": 0}
+
+    def passes(name):
+        writes[name] += 1
+        if (name, writes[name]) == (moment, number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Slowly:
+        """A file that is killed half-way through its lines."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def writelines(self, chunks):
+            content = b"".join(chunks)
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            passes("first_half")
+            self.file.write(content[len(content) // 2 :])
+            self.file.flush()
+            passes("written")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    @contextlib.contextmanager
+    def slowly(path, mode):
+        with open(path, mode) as file:
+            yield Slowly(file)
+
+    class Os:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def fsync(self, file):
+            os.fsync(file)
+            passes("synced")
+
+        def replace(self, old, new):
+            os.replace(old, new)
+            passes("renamed")
+
+    checkpoints.open, checkpoints.os = slowly, Os()
+
+
+def _spoil_data(step: int) -> None:
+    import tensorflow as tf
+
+    from binaries import data
+
+    whole = data.train_batches
+
+    def spoiled(*args, start_step, **kwargs):
+        def check(index, batch):
+            with tf.control_dependencies([tf.debugging.assert_less(index, tf.constant(step, tf.int64), "bad record")]):
+                return tf.nest.map_structure(tf.identity, batch)
+
+        batches = whole(*args, start_step=start_step, **kwargs)
+        return batches.enumerate(start_step).map(check) if start_step or kwargs["total_steps"] == STEPS else batches
+
+    data.train_batches = spoiled
+
+
+def _spoil_gradient(step: int) -> None:
+    import tensorflow as tf
+
+    from binaries import search
+
+    make = search.settings.optimizer
+
+    def spoiled(total):
+        optimizer = make(total)
+        apply = optimizer.apply_gradients
+
+        def apply_gradients(pairs, **kwargs):
+            bad = tf.equal(tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.int64), step)
+            return apply([(g + tf.where(bad, float("nan"), 0.0), v) for g, v in pairs], **kwargs)
+
+        optimizer.apply_gradients = apply_gradients
+        return optimizer
+
+    search.settings.optimizer = spoiled
+
+
+# ---- what drives it
+
+
+class Trial:
+    """One run directory, and the processes that work on it."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def start(self, *flags, fault: str = "none", at: int = 0, resume: bool = False, **environment) -> subprocess.Popen:
+        """Starts the search."""
+        command = [sys.executable, __file__, "worker", fault, str(at), f"--run_dir={self.path}", *FLAGS, *flags]
+        command += ["--resume"] if resume else []
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *flags, **options) -> tuple[int, str]:
+        """Status and output of the search."""
+        return finished(self.start(*flags, **options))
+
+    def checkpoint_step(self) -> int:
+        """Step of the newest checkpoint, 0 without one."""
+        names = [p.name for p in (self.path / "checkpoints").glob("step-*.ckpt")]
+        return max((int(name[5:-5]) for name in names), default=0)
+
+    def results(self) -> dict[str, bytes]:
+        """What must be the same bits."""
+        import h5py
+
+        found = {"checkpoint": (self.path / "checkpoints" / f"step-{STEPS:08d}.ckpt").read_bytes()}
+        found["recipe"] = json.dumps(json.loads((self.path / "recipe.json").read_text())["formats"]).encode()
+        with zipfile.ZipFile(self.path / "model.keras") as archive:
+            weights = h5py.File(io.BytesIO(archive.read("model.weights.h5")))
+        weights.visititems(lambda n, v: found.update({n: v[()].tobytes()}) if isinstance(v, h5py.Dataset) else None)
+        return found
+
+
+def finished(process: subprocess.Popen) -> tuple[int, str]:
+    """Status and output of a process; a hung one is an error."""
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return 124, f"hung: did not end within {SECONDS} s\n" + process.communicate()[0]
+    return process.returncode, output
+
+
+def last_line(output: str) -> str:
+    """The message that a program ends with."""
+    noise = ("I0000", "W0000", "E0000", "WARNING: All log", "epoch ", "  warnings.warn", "  self.")
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith(noise)]
+    return lines[-1].strip()[:200] if lines else ""
+
+
+class Faults:
+    """The trials, each of which returns rows of the table: (fault, what the program did, same bits of how many)."""
+
+    def __init__(self, directory: pathlib.Path, seed: int):
+        self.directory, self.random = directory, random.Random(seed)
+        self.count = 0
+        begin = time.monotonic()
+        reference = self.trial()
+        status, output = reference.run()
+        if status:
+            sys.exit(f"The undisturbed run failed:\n{output}")
+        self.seconds, self.expected = time.monotonic() - begin, reference.results()
+        print(f"An undisturbed run takes {self.seconds:.0f} s.", flush=True)
+
+    def trial(self, directory: pathlib.Path | None = None) -> Trial:
+        """A new run directory."""
+        self.count += 1
+        return Trial((directory or self.directory) / f"run{self.count}")
+
+    def same(self, trial: Trial, **options) -> bool:
+        """Goes on to the end; whether that is the same to the bit."""
+        resume = (trial.path / "flags.json").exists()
+        if not resume:  # it was killed before it had begun
+            shutil.rmtree(trial.path, ignore_errors=True)
+        status, output = trial.run(resume=resume, **options)
+        if status:
+            print(output[-3000:], flush=True)
+            return False
+        found = trial.results()
+        different = [name for name in self.expected if found.get(name) != self.expected[name]]
+        if different:
+            print(f"{trial.path} differs in {', '.join(different)}", flush=True)
+        shutil.rmtree(trial.path, ignore_errors=True)
+        return not different
+
+    def kill(self, kills: int):
+        """SIGKILL at random moments, and inside of checkpoint writes."""
+        inside = WRITES[: max(1, kills * 3 // 10)]
+        steps, same = [], 0
+        while len(steps) < kills - len(inside):
+            trial = self.trial()
+            process = trial.start()
+            time.sleep(self.random.uniform(0.02, 1.0) * self.seconds)
+            if process.poll() is not None:  # it was done already: no kill
+                finished(process)
+                continue
+            process.kill()
+            finished(process)
+            steps.append(trial.checkpoint_step())
+            same += self.same(trial)
+            print(f"killed with a checkpoint of step {steps[-1]}: {same} of {len(steps)} the same", flush=True)
+        yield f"SIGKILL at {len(steps)} random moments", f"newest checkpoints: {_spread(steps)}", same, len(steps)
+        same = 0
+        for moment, number in inside:
+            trial = self.trial()
+            status, _ = trial.run(fault=moment, at=number)
+            same += status == -signal.SIGKILL and self.same(trial)
+        yield "SIGKILL inside a checkpoint write", ", ".join(sorted({m for m, _ in inside})), same, len(inside)
+
+    def preemption(self, kills: int):
+        """SIGTERM while it trains."""
+        trial = self.trial()
+        process = trial.start()
+        while not trial.checkpoint_step() and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        begin = time.monotonic()
+        status, output = finished(process)
+        took = f"status {status} after {time.monotonic() - begin:.1f} s, checkpoint of step {trial.checkpoint_step()}"
+        yield "SIGTERM", f"{took}: {last_line(output)}", status == 75 and self.same(trial), 1
+
+    def damage(self, kills: int):
+        """A byte of the newest checkpoint is not what it was."""
+        trial = self.trial()
+        trial.run(fault="renamed", at=4)
+        newest = sorted((trial.path / "checkpoints").glob("step-*.ckpt"))[-1]
+        content = bytearray(newest.read_bytes())
+        content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
+        newest.write_bytes(content)
+        status, output = trial.run(resume=True)
+        warned = next((line for line in output.splitlines() if "damaged" in line), "no warning")
+        same = status == 0 and trial.results() == self.expected
+        yield "one bit of the newest checkpoint flipped", warned.replace(str(newest), newest.name), same, 1
+
+    def data(self, kills: int):
+        """The data pipeline raises."""
+        trial = self.trial()
+        status, output = trial.run(fault="data", at=33)
+        step = trial.checkpoint_step()
+        message = "bad record" in output
+        yield (
+            "data pipeline raises at step 33",
+            f"status {status}, message {'shown' if message else 'lost'}, checkpoint of step {step}",
+            status not in (0, 124) and message and step == 30 and self.same(trial),
+            1,
+        )
+
+    def gradient(self, kills: int):
+        """The gradients are NaN at a step whose loss is finite; a checkpoint is due right after it."""
+        trial = self.trial()
+        status, output = trial.run(fault="gradient", at=34)
+        step = trial.checkpoint_step()
+        message = next((line for line in output.splitlines() if "not finite at step" in line), last_line(output))
+        ok = status not in (0, 124) and "not finite at step 35" in message and step == 30
+        yield (
+            "NaN gradients at step 34",
+            f"status {status}, checkpoint of step {step}: {message}",
+            ok and self.same(trial),
+            1,
+        )
+
+    def two(self, kills: int):
+        """Two processes on one run directory."""
+        trial = self.trial()
+        first = trial.start()
+        while not (trial.path / "flags.json").exists() and first.poll() is None:
+            time.sleep(0.02)
+        status, output = trial.run(resume=True)
+        other, _ = finished(first)
+        same = status not in (0, 124) and other == 0 and trial.results() == self.expected
+        yield "second process on a run directory", f"status {status}: {last_line(output)}", same, 1
+
+    def disk(self, kills: int):
+        """No space left, and a directory that cannot be written."""
+        mount = self.directory / "small"
+        mount.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", mount], stderr=subprocess.PIPE).returncode:
+            yield "full disk", "not tried: to mount a file system needs root", 0, 0
+            return
+        try:
+            trial = self.trial(mount)
+            filler = mount / "filler"
+            process = trial.start()
+            while trial.checkpoint_step() < 10 and process.poll() is None:
+                time.sleep(0.01)
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            status, output = finished(process)
+            step = trial.checkpoint_step()
+            filler.unlink()
+            yield (
+                "full disk",
+                f"status {status}, checkpoint of step {step}: {last_line(output)}",
+                status not in (0, 124) and self.same(trial),
+                1,
+            )
+            subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+            status, output = self.trial(mount).run()
+            yield "read-only run directory", f"status {status}: {last_line(output)}", status not in (0, 124), 1
+        finally:
+            subprocess.run(["umount", mount], check=False)
+
+    def lost(self, kills: int):
+        """One of two workers is killed (tf_keras)."""
+        whole, trial = self.trial(), self.trial()
+        if any(status for status, _ in map(finished, _pair(whole))):
+            yield "lost worker", "two workers do not run here", False, 1
+            return
+        expected = whole.results()
+        chief, other = _pair(trial)
+        while trial.checkpoint_step() < 20 and chief.poll() is None:
+            time.sleep(0.02)
+        other.kill()
+        begin = time.monotonic()
+        finished(other)
+        status, _ = finished(chief)
+        took = time.monotonic() - begin
+        ended = [s for s, _ in map(finished, _pair(trial, resume=True))]
+        same = status not in (0, 124) and not any(ended) and trial.results() == expected
+        yield "one of two workers killed", f"the other: status {status} after {took:.0f} s", same, 1
+
+
+def _pair(trial: Trial, **options) -> list[subprocess.Popen]:
+    """Two workers on this machine."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("localhost", 0)), two.bind(("localhost", 0))
+        hosts = [f"localhost:{s.getsockname()[1]}" for s in (one, two)]
+    configs = [{"cluster": {"worker": hosts}, "task": {"type": "worker", "index": i}} for i in range(2)]
+    return [
+        trial.start("--strategy=multiworker", TF_USE_LEGACY_KERAS="1", TF_CONFIG=json.dumps(config), **options)
+        for config in configs
+    ]
+
+
+def _spread(steps: list[int]) -> str:
+    return ", ".join("none" if step == 0 else str(step) for step in sorted(steps))
+
+
+NAMES = ("kill", "preemption", "damage", "data", "gradient", "two", "disk", "lost")
+
+
+def main() -> None:
+    """Runs the faults and prints the table; the exit status says whether all ended well."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="how many SIGKILLs")
+    parser.add_argument("--only", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    arguments = parser.parse_args()
+    unknown = set(arguments.only.split(",")) - set(NAMES)
+    if unknown:
+        parser.error(f"unknown faults {', '.join(sorted(unknown))}; known: {', '.join(NAMES)}")
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        faults = Faults(pathlib.Path(directory), arguments.seed)
+        for name in arguments.only.split(","):
+            for fault, did, same, times in getattr(faults, name)(arguments.kills):
+                rows.append((fault, did, int(same), times))
+                print(f"| {fault} | {did} | {int(same)} of {times} |", flush=True)
+    print("\n| fault | what happened | resumed to the same bits |\n|---|---|---|")
+    for fault, did, same, times in rows:
+        print(f"| {fault} | {did} | {f'{same} of {times}' if times else '-'} |")
+    sys.exit(any(same < times for _, _, same, times in rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    else:
+        main()
