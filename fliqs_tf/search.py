@@ -57,7 +57,8 @@ def wrap(
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
-      model: A built Functional or Sequential Keras model. It stays as it is; its weights are copied.
+      model: A built Functional or Sequential Keras model. It stays as it is; its weights are copied. Of one that is
+        annotated with TensorFlow Model Optimization only the annotated layers are quantized, see docs/tfmot.md.
       space: Menu of formats for every layer: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
         "FLIQS-L-FLOAT", "MIXED") or a list of formats. None: "FLIQS-S-INT", or what the profile has.
       rules: What differs for some layers: (pattern, menu), (pattern, None) to leave them in float, or
@@ -127,7 +128,8 @@ class SearchModel(keras.Model):
     """A quantized network and the controller that searches its formats. `fliqs_tf.wrap` makes it.
 
     Args:
-      network: Model with `Quantized` layers.
+      network: Model with `Quantized` layers, or what TensorFlow Model Optimization's `quantize_apply` made with a
+        `fliqs_tf.tfmot.FliqsQuantizeScheme`; it is trained in place.
       controller: Options of `Controller`, as a dict.
       input_shape: Shape of one example, where the network leaves it open.
       profile: The platform that is searched for, a `Profile` or None.

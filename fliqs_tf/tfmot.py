@@ -102,10 +102,8 @@ class FliqsQuantizer(tfmot.quantizers.Quantizer):
 class _Applied(Quantized):
     """The `Quantized` inside a wrapper of TFMOT: the wrapper hands it the weights that it has quantized."""
 
-    given = ((), ())
-
     def call(self, inputs, training=None):
-        return self.compute(inputs, *self.given)
+        return self.compute(inputs, *self.__dict__.pop("given"))
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
@@ -158,7 +156,8 @@ class FliqsQuantizeConfig(tfmot.QuantizeConfig):
     def set_quantize_activations(self, layer, quantize_activations):
         """TFMOT calls this right before `layer.call`, which for that one time computes what `Quantized` does."""
         quantized = self.quantized
-        quantized.given, self._weights = (self._weights, quantize_activations), ()
+        # Past the attribute tracking of Keras, and not for longer than the call: these are tensors of a graph.
+        quantized.__dict__["given"], self._weights = (self._weights, quantize_activations), ()
         before = layer.__dict__.get("call")
 
         @tf.autograph.experimental.do_not_convert

@@ -207,6 +207,19 @@ def test_annotated_layers_are_quantized_as_their_configs_say():
 
 
 @only_tf_keras
+def test_parts_of_an_annotated_layer_are_named_and_stay_in_float(caplog):
+    x = L.Input((4, 6))
+    attention = L.MultiHeadAttention(2, 3, name="attention")
+    model = tf.keras.Model(x, L.Dense(2, name="dense")(attention(x, x)))
+    assert len(names(fliqs_tf.wrap(model).network)) == 5
+    annotations = dict.fromkeys(["attention", "dense"])
+    paths = [path for path, _ in trace.quantizable(model)]
+    spaces = (fliqs_tf.Space("FLIQS-S-INT"),) * 2
+    assert list(wrapping.plan(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
+    assert "an annotation is of a whole layer and not of its parts: attention/query, attention/key" in caplog.text
+
+
+@only_tf_keras
 def test_tfmots_own_scheme_adds_its_own_quantization():
     model = annotated(small(), {"b": fliqs_tf.tfmot.FliqsQuantizeConfig(["INT4", "INT8"])})
     by_default = tfmot.quantize_apply(model)

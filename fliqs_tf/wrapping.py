@@ -118,6 +118,13 @@ def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, P
     """
     rules = as_rules(rules)
     if annotations:
+        parts = [p for p in paths if p not in annotations and any(p.startswith(f"{a}/") for a in annotations)]
+        if parts:
+            _LOG.warning(
+                "Left in float, because an annotation is of a whole layer and not of its parts: %s. fliqs_tf.wrap "
+                "quantizes them in a model without annotations.",
+                ", ".join(parts),
+            )
         paths = [path for path in paths if path in annotations]
         if not paths:
             raise ValueError(f"None of the annotated layers can be quantized: {', '.join(annotations)}.")
