@@ -23,6 +23,8 @@ _CHECK_EVERY = 16
 def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     """See `SearchModel.fit`."""
     arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
+    if isinstance(x, tf.data.Dataset):
+        arguments.setdefault("shuffle", False)  # Keras 3 warns that a data set does not follow its default
     start = int(tf.convert_to_tensor(model.controller.step))
     total = _total_steps(model, arguments, start)
     model.configure_controller(total, held_out=quality_data is not None)
