@@ -32,7 +32,7 @@ import zlib
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import codes, deployed, files, trace
+from fliqs_tf import codes, deployed, files, loading, trace
 from fliqs_tf._keras import IS_KERAS_3, NAME, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.quantized import Quantized
@@ -49,8 +49,6 @@ _NATIVE = {
     "BF16": np.dtype(tf.bfloat16.as_numpy_dtype),
     "FP32": np.dtype(np.float32),
 }
-# Where classes of a configuration may come from, unless they are registered with Keras by whoever loads the file.
-_KERAS_MODULES = ("keras", "tf_keras", "keras_hub")
 _DTYPES = {
     "BOOL": np.dtype(bool),
     **{f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
@@ -289,32 +287,12 @@ def _rebuilt(network: str, custom_objects: dict) -> keras.Model:
         config = json.loads(text)
     except (binascii.Error, zlib.error, RecursionError) as error:
         raise ValueError(f"its network's configuration cannot be read ({error}).") from None
-    _check_classes(config, custom_objects)
+    loading.check_config(config, custom_objects)
     try:
         return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects, safe_mode=True)
-    except Exception as error:  # Keras raises what it likes about a configuration
-        raise ValueError(f"Keras cannot rebuild its network: {' '.join(str(error).split())[:300]}") from None
-
-
-def _check_classes(config, custom_objects: dict) -> None:
-    """Raises if a configuration names a class that Keras would import from elsewhere, as tf_keras does."""
-    stack = [config]
-    while stack:
-        entry = stack.pop()
-        if isinstance(entry, dict):
-            stack.extend(entry.values())
-            module, name = entry.get("module"), entry.get("registered_name") or entry.get("class_name")
-            if not isinstance(module, str) or module == "builtins":
-                continue
-            top, *rest = module.split(".")
-            known = keras.saving.get_registered_object(name, custom_objects) is not None
-            if not known and (top not in _KERAS_MODULES or {"utils", "saving"} & set(rest)):
-                raise ValueError(
-                    f"its network has a {module}.{entry.get('class_name')}, which is not of Keras: register it with "
-                    f"keras.saving.register_keras_serializable, or give it in custom_objects."
-                )
-        elif isinstance(entry, list):
-            stack.extend(entry)
+    except Exception as error:  # Keras raises what it likes about a configuration, the cause last
+        cause = " ".join(str(error).split()).rpartition("Exception encountered: ")[2]
+        raise ValueError(f"Keras cannot rebuild its network: {cause[:300]}") from None
 
 
 def _check_same(weights: dict[str, deployed.QuantizedWeight], restored) -> None:

@@ -57,32 +57,48 @@ def load_model(path: str | os.PathLike) -> keras.Model:
             if size > MOST_BYTES:
                 raise ValueError(f"its config has {size} bytes, at most {MOST_BYTES} are allowed.")
             config = parse_json(archive.read("config.json"))
-        _check(config)
+        check_config(config)
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         # Keras reports a damaged file by whatever fails first, be it a KeyError or an OSError of HDF5.
         raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 
-def _check(node) -> None:
-    """Raises for objects whose making could run code that is not Keras' or ours."""
+def check_config(node, custom_objects: dict | None = None) -> None:
+    """Raises for objects whose making could run code that is not Keras' or ours.
+
+    Args:
+      node: The config of a model, as JSON data.
+      custom_objects: {name: class or function}; with it, even if empty, what is in it or registered with
+        `keras.saving.register_keras_serializable` may be asked for too.
+
+    Raises:
+      ValueError: Names the object.
+    """
     if isinstance(node, list):
         for entry in node:
-            _check(entry)
+            check_config(entry, custom_objects)
     if not isinstance(node, dict):
         return
     kind, module = node.get("class_name"), node.get("module")
-    if module is not None and (not isinstance(module, str) or module.split(".")[0] not in _PACKAGES):
-        raise ValueError(f"it asks for the module {reprlib.repr(module)}; known: {', '.join(_PACKAGES)}.")
-    if kind == "function" and module not in _FUNCTIONS:
-        raise ValueError(f"it asks for the function {reprlib.repr(node.get('config'))}.")
+    if custom_objects is None or not _is_known(node, custom_objects):
+        if module is not None and (not isinstance(module, str) or module.split(".")[0] not in _PACKAGES):
+            raise ValueError(f"it asks for the module {reprlib.repr(module)}; known: {', '.join(_PACKAGES)}.")
+        if kind == "function" and module not in _FUNCTIONS:
+            raise ValueError(f"it asks for the function {reprlib.repr(node.get('config'))}.")
     if kind in _CALLS and not (kind == "TFOpLambda" and _is_pure(node.get("config"))):
         raise ValueError(
             f"it has a {kind} layer, which calls code of the file's choosing. If you trust the file, load it with "
             f"tf.keras.models.load_model."
         )
     for entry in node.values():
-        _check(entry)
+        check_config(entry, custom_objects)
+
+
+def _is_known(node: dict, custom_objects: dict) -> bool:
+    names = [node.get(key) for key in ("registered_name", "class_name", "config")]
+    found = [keras.saving.get_registered_object(n, custom_objects) for n in names if isinstance(n, str)]
+    return any(entry is not None for entry in found)
 
 
 def _is_pure(config) -> bool:
