@@ -23,7 +23,7 @@ from absl import app, flags
 
 import fliqs_tf
 from binaries import data as datasets
-from binaries import devices, settings, tables
+from binaries import devices, exporting, settings, tables
 from binaries.preemption import STATUS, Preemption
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import checkpoints, fitting, replicas, report, targets
@@ -90,7 +90,7 @@ def main(argv):
         # On all workers: to read a variable may need all of them.
         results = summarize(model, data, total)
         if run:
-            finish(run, results)
+            finish(run, results, data)
     # A worker that is gone looks like one that was lost.
     replicas.Workers(strategy).any(False)
 
@@ -314,7 +314,7 @@ def _reference(path: pathlib.Path) -> dict:
     return {"name": result["name"], **numbers}
 
 
-def finish(run: RunDir, results: dict) -> None:
+def finish(run: RunDir, results: dict, data) -> None:
     """Writes what the run leaves behind, and prints the tables."""
     recipe, final = results["recipe"], results["final"]
     recipe.save(run / "recipe.json")  # first: small, and what the search was for
@@ -335,6 +335,19 @@ def finish(run: RunDir, results: dict) -> None:
     except ImportError as error:
         print(error)
     print(f"Recipe: {run / 'recipe.json'}   model: {run / 'model.keras'}")
+    if exporting.has_integer_kernels(recipe):
+        export_tflite(final, run, data)
+
+
+def export_tflite(final, run: RunDir, data) -> None:
+    """The file for LiteRT beside the recipe, and how it compares."""
+    try:
+        problems = exporting.tflite(final, run / "model.tflite", data, seed=FLAGS.seed)
+    except (ValueError, ImportError) as error:  # the search is done; what it found stays
+        print(f"No TFLite file: {error}")
+    else:
+        if problems:
+            sys.exit("The TFLite file is beyond the tolerance:\n" + "\n".join(problems))
 
 
 if __name__ == "__main__":

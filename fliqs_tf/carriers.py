@@ -375,9 +375,9 @@ def _quantizers(path, layer):
     if isinstance(layer, ActivationQuantizer):
         yield f"the one behind {path.removesuffix(SUFFIX)!r}", layer
     elif isinstance(layer, Quantized):
-        for quantizer in layer.activation_quantizers:
+        for place, quantizer in zip(("the input of", "the one inside"), layer.activation_quantizers):
             if quantizer.space.formats[0].is_scaled:
-                yield f"the input of {path!r}", quantizer
+                yield f"{place} {path!r}", quantizer
 
 
 @contextlib.contextmanager

@@ -520,11 +520,16 @@ def settle(model: keras.Model) -> None:
     """Moves biases to the multiples of (input scale * weight scale) that int32 biases can be.
 
     By at most half of one, which is far less than quantization moves them about; but left as they are, rounding them in
-    the file would show in outputs. Changes the biases of layers and the betas of batch normalization in place.
+    the file would show in outputs. Changes the biases of layers and the betas of batch normalization in place. Inputs
+    of layers in float formats are rounded no more: the file computes these in float32.
 
     Args:
       model: A deployed model with carriers.
     """
+    for _, layer in trace.walk(model):
+        for quantizer in layer.activation_quantizers if isinstance(layer, Quantized) else ():
+            if not carriers.is_integer(deployed.format_of(quantizer)):
+                quantizer.pass_through()
     graph = steps(model)
     grids = {step.output: step.options["grid"] for step in graph.steps if step.kind == "quantize"}
     for step in graph.steps:

@@ -10,7 +10,7 @@ Every tensor between integer kernels is int8. What a code means:
   rounds them, and coarse ones would show.
 
 Weights of 4 bits or fewer are int4 where there are kernels (CONV_2D, FULLY_CONNECTED), all others int8. Layers in float
-formats compute in float32 between DEQUANTIZE and QUANTIZE.
+formats compute in float32 between DEQUANTIZE and QUANTIZE, on inputs that are not rounded.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ class _Writer:
         """The operation of integer weights."""
         axis = 3 if linear.operation == "depthwise" else 0
         narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
-        if narrow and linear.operation == "conv":
+        if narrow and (linear.operation == "conv" or codes.shape[0] % 2):
             multipliers = float(meaning.scale) * scale.astype(np.float32).astype(np.float64) / float(target.scale)
             self.rounded_twice[step.last or step.path] = units(multipliers, float(target.scale))
         weights = self.constant(

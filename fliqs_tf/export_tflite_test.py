@@ -1,10 +1,13 @@
 """TFLite files against the Keras models that they are made from."""
 
+import functools
+
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import carriers, export_graph
+from fliqs_tf import carriers, deployed, export_graph, trace
 from fliqs_tf._keras import keras
 
 L = keras.layers
@@ -14,21 +17,186 @@ def examples(n, *shape, seed=0):
     return np.random.default_rng(seed).normal(size=(n, *shape)).astype(np.float32)
 
 
-def test_int8_chain_end_to_end(tmp_path):
-    keras.utils.set_random_seed(1)
-    image = L.Input((8, 8, 3), name="image")
-    x = L.Conv2D(8, 3, padding="same", use_bias=False, name="conv1")(image)
-    x = L.ReLU(name="relu")(L.BatchNormalization(name="norm")(x))
-    x = L.Conv2D(8, 3, strides=2, activation="relu", name="conv2")(x)
-    network = keras.Model(image, L.Dense(5, name="logits")(L.Flatten(name="flat")(x)))
-    final = fliqs_tf.apply(network, "INT8")
-    data = examples(64, 8, 8, 3)
-    final(data, training=True)  # ranges
-    exported = fliqs_tf.export.tflite(final, tmp_path / "chain.tflite", representative=[data])
-    for agreement in fliqs_tf.export.check(exported, tmp_path / "chain.tflite", data):
-        # The built-in kernels round twice; see docs/deploy.md.
-        assert agreement.largest <= (1 if agreement.kernels == "XNNPACK" else 2) and agreement.equal > 0.9, agreement
-    assert not list(tmp_path.glob(".*"))
+def conv(filters, size=3, **options):
+    return L.Conv2D(filters, size, **options)
+
+
+def normalized(x):
+    return L.BatchNormalization()(x)
+
+
+# ---- small networks, one idea each: {name: (input shapes, function of the inputs)}
+
+
+def chain(x):
+    x = L.ReLU()(normalized(conv(6, padding="same", use_bias=False)(x)))
+    return L.Dense(5)(L.Flatten()(conv(4, strides=2, activation="relu")(x)))
+
+
+def depthwise(x):
+    x = L.ReLU(6.0)(normalized(L.DepthwiseConv2D(3, strides=2, padding="same", depth_multiplier=2)(x)))
+    return conv(4, 1)(x)
+
+
+def separable(x):
+    return L.SeparableConv2D(5, 3, padding="same", activation="relu")(x)
+
+
+def residual(x):
+    y = L.ReLU()(conv(4, padding="same")(x))
+    z = normalized(conv(4, padding="same")(y))
+    return L.Dense(3)(L.GlobalAveragePooling2D()(L.ReLU()(L.Add()([y, z]))))
+
+
+def linear_bottleneck(x):
+    y = normalized(conv(4, 1)(x))
+    z = normalized(conv(4, 1)(L.ReLU(6.0)(normalized(conv(8, 1)(y)))))
+    return conv(3, 1)(L.Add()([y, z]))
+
+
+def concatenated(x):
+    y, z = L.ReLU()(conv(3, padding="same")(x)), conv(2, 1)(x)
+    y = L.Concatenate()([y, z])
+    return L.Concatenate()([conv(3, 1)(y), conv(2, padding="same")(y)])
+
+
+def pooled(x):
+    x = L.MaxPooling2D(2, padding="same")(conv(4, dilation_rate=2)(x))
+    x = L.AveragePooling2D(2)(conv(4, padding="same", activation="relu")(x))
+    return L.Dense(3, activation="relu")(L.GlobalMaxPooling2D()(conv(4, 1)(x)))
+
+
+def before_convolution(x):
+    x = conv(4)(L.ReLU()(normalized(conv(4, padding="same")(x))))
+    return conv(3, 1)(L.ReLU()(normalized(L.MaxPooling2D(2)(x))))
+
+
+def two_inputs(x, y):
+    x, y = L.ReLU()(conv(4)(x)), L.Dense(4)(y)
+    x = L.Multiply()([L.GlobalAveragePooling2D()(x), y])
+    return L.Dense(3)(x), L.Dense(2)(L.Dropout(0.5)(y))
+
+
+def nested(x):
+    inside = keras.Sequential([L.Input((8, 8, 4)), conv(4, padding="same"), L.ReLU(), L.ZeroPadding2D(1)])
+    image = L.Input((10, 10, 4))
+    outside = keras.Model(image, L.Dense(3)(L.Flatten()(conv(2, 1, activation="relu")(image))))
+    return outside(inside(conv(4, padding="same")(x)))
+
+
+def with_softmax(x):
+    return L.Dense(4, activation="softmax")(L.Flatten()(L.UpSampling2D(2)(conv(2, 5, activation="relu6")(x))))
+
+
+def float_between(x):
+    x = L.Activation("sigmoid")(conv(3)(x))
+    return L.Dense(4)(L.Reshape((36, 3))(L.AveragePooling2D(3, strides=1, padding="same")(x)))
+
+
+IMAGE = (8, 8, 3)
+NETWORKS = {
+    "chain": ([IMAGE], chain),
+    "depthwise": ([IMAGE], depthwise),
+    "separable": ([IMAGE], separable),
+    "residual": ([IMAGE], residual),
+    "linear bottleneck": ([IMAGE], linear_bottleneck),
+    "concatenated": ([IMAGE], concatenated),
+    "pooled": ([IMAGE], pooled),
+    "before convolution": ([IMAGE], before_convolution),
+    "two inputs": ([IMAGE, (5,)], two_inputs),
+    "nested": ([IMAGE], nested),
+    "softmax": ([IMAGE], with_softmax),
+    "float between": ([IMAGE], float_between),
+}
+
+
+@functools.cache
+def network(name):
+    keras.utils.set_random_seed(list(NETWORKS).index(name))
+    shapes, function = NETWORKS[name]
+    inputs = [L.Input(shape) for shape in shapes]
+    model = keras.Model(inputs, function(*inputs))
+    # Batch normalization as after training: every sign of gain, offsets, averages.
+    random = np.random.default_rng(1)
+    for layer in model.layers:
+        if isinstance(layer, L.BatchNormalization):
+            n = layer.gamma.shape[0]
+            layer.set_weights(
+                [random.normal(size=n), random.normal(size=n), random.normal(size=n) / 4, random.uniform(0.5, 2, n)]
+            )
+    return model
+
+
+def quantized(name, formats):
+    """Every format of the list in turn, layer by layer; ranges from data, averages left as they are."""
+    model = network(name)
+    paths = list(fliqs_tf.Recipe.uniform(model, "INT8").formats)
+    final = fliqs_tf.apply(model, fliqs_tf.Recipe({p: formats[i % len(formats)] for i, p in enumerate(paths)}))
+    for _, layer in trace.walk(final):
+        if isinstance(layer, L.BatchNormalization):
+            layer.trainable = False
+    return final
+
+
+FORMATS = {
+    "INT8": ["INT8"],
+    "INT4": ["INT4"],
+    "mixed": ["INT4", "INT8", "INT6", "BF16", "INT3", "INT2", "INT5", "INT7"],
+}
+
+
+CASES = [(name, formats) for name in NETWORKS for formats in ("INT8", "mixed")]
+
+
+@pytest.mark.parametrize(
+    ("name", "formats"), [*CASES, *((name, "INT4") for name in ("depthwise", "residual", "two inputs", "softmax"))]
+)
+def test_file_computes_what_keras_does(name, formats, tmp_path):
+    final = quantized(name, FORMATS[formats])
+    data = [examples(24, *shape, seed=i) for i, shape in enumerate(NETWORKS[name][0])]
+    batch = data[0] if len(data) == 1 else data
+    exact = fliqs_tf.export.tflite(final, tmp_path / "file.tflite", representative=[batch])
+    found = fliqs_tf.export.check(exact, tmp_path / "file.tflite", [batch])
+    assert len(found) == 2 * len(final.outputs)
+    for agreement in found:
+        if agreement.kernels == "XNNPACK":
+            assert agreement.largest <= 1.01 and agreement.equal >= 0.97, agreement
+
+
+def test_weights_ship_as_the_codes_that_were_trained(tmp_path):
+    from ai_edge_litert import interpreter
+
+    final = quantized("chain", ["INT4"])
+    fliqs_tf.export.tflite(final, tmp_path / "file.tflite", representative=[examples(8, *IMAGE)])
+    program = interpreter.Interpreter(str(tmp_path / "file.tflite"))
+    tensors = {t["name"]: t for t in program.get_tensor_details()}
+    first = next(layer for layer in final.layers if isinstance(layer, fliqs_tf.Quantized))
+    weight = deployed.quantized_weights("", first)["kernel"]
+    stored = tensors[f"{first.name}/weights"]
+    norm = next(layer for layer in final.layers if isinstance(layer, L.BatchNormalization))
+    gain = np.asarray(norm.gamma) / np.sqrt(np.asarray(norm.moving_variance) + norm.epsilon)
+    np.testing.assert_allclose(
+        stored["quantization_parameters"]["scales"], weight.scale.ravel() * np.abs(gain), rtol=1e-6
+    )
+    content = (tmp_path / "file.tflite").read_bytes()
+    codes = (weight.values * np.sign(gain)).transpose(3, 0, 1, 2).astype(np.int8).ravel()
+    packed = ((codes[::2] & 15) | (codes[1::2] & 15) << 4).astype(np.uint8).tobytes()
+    assert packed in content
+
+
+def test_file_is_as_large_as_its_codes_biases_and_graph(tmp_path):
+    keras.utils.set_random_seed(0)
+    image = L.Input((8, 8, 16))
+    x = conv(64, activation="relu")(conv(64, padding="same", activation="relu")(image))
+    final = fliqs_tf.apply(keras.Model(image, L.Dense(10)(L.Flatten()(x))), "INT4")
+    path = tmp_path / "file.tflite"
+    fliqs_tf.export.tflite(final, path, representative=[examples(4, 8, 8, 16)])
+    codes = fliqs_tf.costs.memory(final) * 2**20
+    channels = 64 + 64 + 10
+    per_channel = channels * (4 + 4 + 8)  # bias, scale, zero point
+    assert codes < path.stat().st_size < 1.05 * (codes + per_channel) + 8 * 1024
+    fliqs_tf.export.tflite(final, tmp_path / "wide.tflite", representative=[examples(4, 8, 8, 16)], int4=False)
+    assert abs((tmp_path / "wide.tflite").stat().st_size - path.stat().st_size - codes) < 1024
 
 
 def test_folding_batch_normalization_keeps_codes():
@@ -64,3 +232,66 @@ def test_places_of_carriers_in_a_residual_block():
     final = fliqs_tf.apply(keras.Model(image, y), "INT8")
     # relu1 has two readers, norm and relu2 an operation, logits the caller; add goes into relu2, pool into logits.
     assert carriers.places(final) == ["relu1", "norm", "relu2", "logits"]
+
+
+def test_search_for_tflite_ships_what_was_trained(tmp_path):
+    model = network("residual")
+    searched = fliqs_tf.wrap(model, "FLIQS-S-INT", target="tflite")
+    assert {option for d in searched.decisions for option in d.options} == {"INT4", "INT8"}  # no BF16
+    searched.compile("sgd", "mse", target_cost="0.6x INT8")
+    searched.fit(examples(64, *IMAGE), np.zeros((64, 3), np.float32), batch_size=8, epochs=2, verbose=0)
+    final = searched.deploy()
+    final.save(tmp_path / "final.keras")
+    loaded = keras.models.load_model(tmp_path / "final.keras")
+    fliqs_tf.export.tflite(loaded, tmp_path / "file.tflite")  # no representative data
+    first, *_ = fliqs_tf.export.check(final, tmp_path / "file.tflite", examples(64, *IMAGE, seed=5))
+    assert first.largest <= 1 and first.equal >= 0.99, first
+
+
+def test_readers_of_a_carrier_share_its_range():
+    trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite")
+    trained(examples(8, *IMAGE), training=True)
+    trained(3 * examples(8, *IMAGE, seed=1), training=True)
+    pairs = carriers.followers(trained)
+    assert len(pairs) == 1
+    for carrier, reader in pairs:
+        assert carrier.range[1] > 0
+        np.testing.assert_array_equal(carrier.range, reader.range)
+
+
+# ---- what cannot be exported
+
+
+def test_missing_ranges_are_named(tmp_path):
+    final = fliqs_tf.apply(network("residual"), "INT8")
+    with pytest.raises(ValueError, match=r"int8 tensors have no range: .*Give representative=batches"):
+        fliqs_tf.export.tflite(final, tmp_path / "file.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layer", "fmt", "message"),
+    [
+        (lambda: L.Conv2D(3, 3, name="odd"), "E4M3", "Layer 'odd' has the format E4M3.*export.packed"),
+        (lambda: L.Conv2DTranspose(3, 3, name="odd"), "INT8", "Layer 'odd' of class Conv2DTranspose cannot be"),
+        (lambda: L.Conv2D(3, 3, groups=3, name="odd"), "INT8", "Layer 'odd'.*grouped"),
+        (lambda: L.Conv2D(3, 3, activation="gelu", name="odd"), "INT8", "Layer 'odd_gelu'.*gelu"),
+    ],
+)
+def test_what_has_no_kernel_is_named(layer, fmt, message, tmp_path):
+    image = L.Input(IMAGE)
+    final = fliqs_tf.apply(keras.Model(image, layer()(image)), fmt)
+    with pytest.raises(ValueError, match=message):
+        fliqs_tf.export.tflite(final, tmp_path / "file.tflite", [examples(2, *IMAGE)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_search_for_tflite_refuses_before_training():
+    image = L.Input((8, 3))
+    model = keras.Model(image, L.Dense(2, name="out")(L.LSTM(4, name="cell")(L.Dense(3)(image))))
+    with pytest.raises(ValueError, match="Layer 'cell' of class LSTM cannot be exported"):
+        fliqs_tf.wrap(model, "FLIQS-S-INT", target="tflite")
+    with pytest.raises(ValueError, match="target must be None or 'tflite', got 'onnx'"):
+        fliqs_tf.wrap(model, "FLIQS-S-INT", target="onnx")
+    with pytest.raises(ValueError, match="None of E2M1, E4M3, BF16 has integer kernels"):
+        fliqs_tf.wrap(model, "FLIQS-S-FLOAT", target="tflite")

@@ -2,7 +2,7 @@
 
 They turn an accumulator into an output code in two steps: to multiples of 2^-n of a code, then to codes, halves up. n
 depends on the scales of the channel. Up to a few values in a hundred end one code off the nearest. XNNPACK's int8
-kernels round once; it has none for int4 convolutions.
+kernels round once; it has none for int4 convolutions, nor for int4 matrices with an odd number of rows.
 """
 
 from __future__ import annotations

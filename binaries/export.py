@@ -1,0 +1,69 @@
+"""A trained run to a file that runs elsewhere, compared with the Keras model on the test split.
+
+    python binaries/export.py --run_dir=runs/digits_resnet8_search --format=tflite
+
+Exits with an error if the file does not compute what the Keras model does.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+
+import fliqs_tf  # noqa: F401 - its layers, for load_model
+from binaries import exporting, settings
+from fliqs_tf._keras import keras
+from fliqs_tf.files import read_json
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("run_dir", None, "Run of search.py or train.py: its model.keras is exported, its data compared on.")
+flags.DEFINE_enum("format", "tflite", ["tflite"], "What to write.")
+flags.DEFINE_string("output", None, "The file. Default: model.<format> in --run_dir.")
+flags.DEFINE_float("tolerance", 1, "tflite: most output steps that a value may be off.", lower_bound=0)
+flags.DEFINE_float("top1", 0.995, "tflite: least share of examples with the same guess.", 0, 1)
+flags.DEFINE_bool(
+    "int4", True, "tflite: int4 convolutions: half the size, slower. --noint4: as int8, exact and faster."
+)
+
+_OF_THE_RUN = ("dataset", "data_dir", "model", "width", "holdout", "seed")
+
+
+def main(argv):
+    if len(argv) > 1:
+        sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
+    if not FLAGS.run_dir:
+        sys.exit("Give --run_dir, the directory of a run of search.py or train.py.")
+    run = pathlib.Path(FLAGS.run_dir)
+    try:
+        saved = read_json(run / "flags.json", "run's flags")
+        final = keras.models.load_model(run / "model.keras", compile=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{run} holds no finished run: {error}")
+    for name in _OF_THE_RUN:
+        if name in saved and not FLAGS[name].present:
+            FLAGS[name].value = saved[name]
+    data = settings.load_data()
+    try:
+        problems = exporting.tflite(
+            final,
+            pathlib.Path(FLAGS.output or run / "model.tflite"),
+            data,
+            seed=FLAGS.seed,
+            int4=FLAGS.int4,
+            tolerance=FLAGS.tolerance,
+            top1=FLAGS.top1,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(str(error))
+    if problems:
+        sys.exit("The file is beyond the tolerance:\n" + "\n".join(problems))
+
+
+if __name__ == "__main__":
+    app.run(main)
