@@ -335,7 +335,7 @@ def finish(run: RunDir, results: dict, data) -> None:
     except ImportError as error:
         print(error)
     print(f"Recipe: {run / 'recipe.json'}   model: {run / 'model.keras'}")
-    if exporting.has_integer_kernels(recipe):
+    if FLAGS.target in (None, "tflite") and exporting.has_integer_kernels(recipe):
         export_tflite(final, run, data)
 
 

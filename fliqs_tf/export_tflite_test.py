@@ -292,6 +292,6 @@ def test_search_for_tflite_refuses_before_training():
     with pytest.raises(ValueError, match="Layer 'cell' of class LSTM cannot be exported"):
         fliqs_tf.wrap(model, "FLIQS-S-INT", target="tflite")
     with pytest.raises(ValueError, match="target must be None or 'tflite', got 'onnx'"):
-        fliqs_tf.wrap(model, "FLIQS-S-INT", target="onnx")
+        fliqs_tf.apply(model, "INT8", target="onnx")
     with pytest.raises(ValueError, match="None of E2M1, E4M3, BF16 has integer kernels"):
         fliqs_tf.wrap(model, "FLIQS-S-FLOAT", target="tflite")
