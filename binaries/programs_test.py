@@ -149,6 +149,14 @@ def test_text_is_searched_and_trained(tmp_path):
     assert 0 < recipe["bits_per_character"] < 1.5 and "bits/char" in output
 
 
+def test_training_that_breaks_down_leaves_no_model(tmp_path):
+    status, _, errors = run(
+        "train.py", f"--run_dir={tmp_path}/run", "--width=0.25", "--epochs=1", "--learning_rate=nan"
+    )
+    assert status != 0 and "The loss became NaN or infinite at step 1." in errors and "Traceback" not in errors
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"flags.json", "lock"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -67,6 +67,8 @@ def build_network(data) -> keras.Model:
         return models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, **width)
     except (ImportError, ValueError) as error:
         sys.exit(str(error))
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        sys.exit(f"--model={FLAGS.model} --width={FLAGS.width} does not fit into memory. Lower --width.")
 
 
 def optimizer(total_steps: int) -> keras.optimizers.Optimizer:

@@ -7,6 +7,7 @@ python binaries/train.py --recipe=runs/digits_resnet8_search/recipe.json
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import sys
@@ -90,17 +91,21 @@ def fit(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
     """Fits to the end; training that is not a search resumes at epochs."""
     done = 0
     if FLAGS.resume:
-        done = (checkpoints.restore_newest(run / "checkpoints", model) or 0) // steps_per_epoch
+        try:
+            done = (checkpoints.restore_newest(run / "checkpoints", model) or 0) // steps_per_epoch
+        except ValueError as error:
+            sys.exit(str(error))
         print(f"Going on after epoch {done} of {FLAGS.epochs}.")
     if done == FLAGS.epochs:
         return
     every = max(1, FLAGS.checkpoint_every_steps // steps_per_epoch)
 
     def save(epoch, logs):
-        if (epoch + 1) % every == 0 or epoch + 1 == FLAGS.epochs:
+        whole = math.isfinite(logs["loss"])  # not over a good one
+        if whole and ((epoch + 1) % every == 0 or epoch + 1 == FLAGS.epochs):
             checkpoints.save(run / "checkpoints", model, (epoch + 1) * steps_per_epoch)
 
-    model.fit(
+    history = model.fit(
         datasets.train_batches(
             data,
             batch_size=FLAGS.batch_size,
@@ -119,6 +124,12 @@ def fit(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
         shuffle=False,
         verbose=0,
     )
+    if not math.isfinite(history.history["loss"][-1]):
+        step = int(model.optimizer.iterations) - 1  # counted from 0
+        sys.exit(
+            f"The loss became NaN or infinite at step {step}. Lower --learning_rate, or look at the data. The last "
+            f"good checkpoint is in {run / 'checkpoints'}."
+        )
 
 
 if __name__ == "__main__":
