@@ -7,7 +7,10 @@ from here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
+import numbers
 
 import numpy as np
 import tensorflow as tf
@@ -113,27 +116,121 @@ def weights_of_attributes(layer) -> list:
     return [*layer._trainable_weights, *layer._non_trainable_weights]
 
 
-def replace_held(owner, attribute: str, value, replaced) -> None:
-    """Sets `owner.<attribute>` of a built layer, in its place among the attributes.
+def map_shapes(function, shapes):
+    """A structure of shapes (lists and dicts of them) with the function applied to each.
+
+    Raises:
+      ValueError: Something in it is not a shape.
+    """
+    if isinstance(shapes, (tf.TensorSpec, tf.TensorShape)) or (
+        isinstance(shapes, (list, tuple)) and all(d is None or isinstance(d, numbers.Integral) for d in shapes)
+    ):
+        return function(shapes)
+    if isinstance(shapes, dict):
+        return {name: map_shapes(function, shape) for name, shape in shapes.items()}
+    if isinstance(shapes, (list, tuple)):
+        return [map_shapes(function, shape) for shape in shapes]
+    raise ValueError(f"A shape is a list of sizes (None: open); there may be a list or dict of shapes. Got {shapes!r}.")
+
+
+def recorded_input_specs(model):
+    """What a model says that its input is: a structure of `tf.TensorSpec` without the batch axis; None if nothing.
+
+    Raises:
+      ValueError: It takes several arguments.
+    """
+    if getattr(model, "inputs", None):
+        inputs = getattr(model, "input", model.inputs[0])  # a Sequential model of Keras 3 has no `input`
+        return tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype, t.name), inputs)
+    if IS_KERAS_3:
+        built = model.get_build_config() or {}
+        several = "shapes_dict" in built
+    else:
+        called = model.save_spec()
+        if called is not None:
+            (first, *others), named = called
+            if not others and not named:
+                return tf.nest.map_structure(lambda s: tf.TensorSpec(s.shape[1:], s.dtype, s.name), first)
+        several, built = called is not None, model.get_build_config() or {}
+    if several:
+        raise ValueError(
+            f"Model {model.name!r} takes several arguments; one that `fit` trains takes one, a list or dict of tensors."
+        )
+    if built.get("input_shape") is None:
+        return None
+    return map_shapes(lambda shape: tf.TensorSpec(shape[1:], tf.float32), built["input_shape"])
+
+
+def attributes(layer) -> dict:
+    """What a layer holds, {name: value}, but what Keras itself keeps in it."""
+    return {name: value for name, value in vars(layer).items() if name not in _own_attributes()}
+
+
+@functools.cache
+def _own_attributes() -> frozenset[str]:
+    layer, inputs = keras.layers.Layer(), keras.Input((1,))
+    layer.held = keras.layers.Layer()  # TensorFlow's tracking makes its attributes when there is something to track
+    graph = keras.Model(inputs, keras.layers.ReLU()(inputs))
+    return frozenset({*vars(layer), *vars(keras.Model()), *vars(graph), *vars(keras.Sequential())} - {"held"})
+
+
+def replace_layers(owner, new: dict) -> None:
+    """Replaces layers where a built layer holds them: in its graph, in attributes, in lists, tuples and dicts there.
 
     Args:
-      owner, attribute: The layer and the name of its attribute.
-      value: What the attribute is to be: a layer, or a list, tuple or dict with layers.
-      replaced: [(layer before, layer now)] of the layers that differ.
+      owner: The layer that holds them; it is changed, the order of its layers and attributes is not.
+      new: {id of a layer: the layer to put in its place}.
     """
-    if IS_KERAS_3:
-        tracker = owner._tracker
-        locked = tracker.locked
-        tracker.unlock()
-        for before, now in replaced:
-            if tracker.is_in_store("layers", before):
-                tracker.replace_tracked_value("layers", before, now)
-        setattr(owner, attribute, value)
-        if locked:
-            tracker.lock()
-    else:
-        order = list(vars(owner))
-        setattr(owner, attribute, value)
-        # It took the attribute away and put it at the end.
+
+    def swapped(layers):
+        return [new.get(id(layer), layer) for layer in layers]
+
+    def swap(layers):
+        list.__setitem__(layers, slice(None), swapped(layers))
+
+    for part in (owner, getattr(owner, "_functional", None)):  # a Sequential model of Keras 3 has its graph inside
+        if part is None:
+            continue
+        if IS_KERAS_3:
+            tracked = part._tracker.config["layers"][1]
+            swap(tracked)
+            swap(part._layers)
+            part._tracker.stored_ids["layers"] = {id(layer) for layer in tracked}
+            if hasattr(part, "_operations"):
+                by_depth = {depth: swapped(layers) for depth, layers in part._operations_by_depth.items()}
+                object.__setattr__(part, "_operations", swapped(part._operations))  # past the attribute tracking
+                object.__setattr__(part, "_operations_by_depth", by_depth)
+        else:
+            swap(getattr(part, "_self_tracked_trackables", []))
+        for nodes in getattr(part, "_nodes_by_depth", {}).values():
+            for node in nodes:
+                of_node = "operation" if IS_KERAS_3 else "layer"
+                setattr(node, of_node, new.get(id(getattr(node, of_node)), getattr(node, of_node)))
+    if hasattr(owner, "_layer_call_argspecs"):  # a graph of tf_keras
+        for layer in owner.layers:
+            owner._layer_call_argspecs.setdefault(layer, inspect.getfullargspec(layer.call))
+    order = list(vars(owner))
+    for name, value in attributes(owner).items():
+        changed = _replaced(value, new)
+        if changed is not value:
+            setattr(owner, name, changed)
+    if not IS_KERAS_3:  # there an attribute that is set anew goes to the end
         for name in order:
             vars(owner)[name] = vars(owner).pop(name)
+
+
+def _replaced(value, new: dict):
+    """The value of an attribute with layers replaced; the value itself if there are none."""
+    if id(value) in new:
+        return new[id(value)]
+    if isinstance(value, dict):
+        items = {key: _replaced(entry, new) for key, entry in value.items()}
+        return items if any(items[key] is not entry for key, entry in value.items()) else value
+    if isinstance(value, (list, tuple)):
+        items = [_replaced(entry, new) for entry in value]
+        if all(a is b for a, b in zip(items, value)):
+            return value
+        return (
+            type(value)(*items) if hasattr(value, "_fields") else (items if isinstance(value, list) else tuple(items))
+        )
+    return value

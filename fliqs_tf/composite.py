@@ -7,7 +7,7 @@ import inspect
 import tensorflow as tf
 
 from fliqs_tf import trace
-from fliqs_tf._keras import keras, replace_held
+from fliqs_tf._keras import keras, replace_layers
 from fliqs_tf.quantized import Quantized
 
 ARGUMENTS = ("weight_formats", "activation_formats", "weight_decision", "activation_decision")
@@ -35,12 +35,16 @@ class Composite(keras.layers.Layer):
 
         # Keras reads off the signature what to pass: masks, training, shapes.
         call.__signature__ = inspect.signature(layer.call)
-        object.__setattr__(self, "call", call)
+        config = keras.saving.serialize_keras_object(layer)  # before its parts are replaced
+        config.pop("build_config", None)
+        parts = {path: dict(arguments) for path, arguments in parts.items()}
+        for name, value in (("call", call), ("_layer_config", config), ("_parts", parts)):
+            object.__setattr__(self, name, value)  # past the attribute tracking
         autocast = getattr(layer, "autocast", getattr(layer, "_autocast", True))
         super().__init__(**{"name": layer.name, "dtype": layer.dtype_policy, "autocast": autocast, **kwargs})
         self.layer = layer
         self.supports_masking = getattr(layer, "supports_masking", False)
-        self._parts = {path: dict(arguments) for path, arguments in parts.items()}
+        self._compute_output_and_mask_jointly = True  # tf_keras would take the masks off the outputs
         self._replaced = False
 
     @property
@@ -67,18 +71,19 @@ class Composite(keras.layers.Layer):
         missing = [path for path in self._parts if path not in there]
         if missing:
             raise ValueError(f"Layer {self.name!r} has no part {missing[0]!r}. Its parts: {', '.join(there)}.")
-        replace_parts(self.layer, {id(there[path]): arguments for path, arguments in self._parts.items()})
+        new = {id(there[path]): quantized(there[path], arguments) for path, arguments in self._parts.items()}
+        owners = [self.layer, *(layer for _, layer in trace.walk(self.layer, networks=True) if trace.children(layer))]
+        for owner in owners:
+            replace_layers(owner, new)
 
     def compute_mask(self, inputs, mask=None):
-        return self.layer.compute_mask(inputs, mask)
+        return None  # the call of the layer inside has put it on the outputs
 
     def get_build_config(self):
         return None  # its first call builds it
 
     def get_config(self) -> dict:
-        layer = keras.saving.serialize_keras_object(self.layer)
-        layer.pop("build_config", None)
-        return {**super().get_config(), "layer": layer, "parts": self._parts}
+        return {**super().get_config(), "layer": self._layer_config, "parts": self._parts}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -90,6 +95,11 @@ def _placeholder(value):
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return keras.Input(batch_shape=tuple(value.shape), dtype=value.dtype)
     return value
+
+
+def quantized(layer, arguments: dict) -> Quantized:
+    """A layer with quantized kernels and input. Args: the layer, and what `Quantized` takes beside it."""
+    return Quantized(layer, **arguments, name=layer.name, dtype=layer.dtype_policy)
 
 
 def placed(layer, original, arguments: dict[int, dict]):
@@ -104,7 +114,7 @@ def placed(layer, original, arguments: dict[int, dict]):
       A `Quantized`, a `Composite`, or the copy itself.
     """
     if id(original) in arguments:
-        return Quantized(layer, **arguments[id(original)], name=layer.name, dtype=layer.dtype_policy)
+        return quantized(layer, arguments[id(original)])
     parts = {path: arguments[id(part)] for path, part in trace.walk(original) if id(part) in arguments}
     return Composite(layer, parts) if parts else layer
 
@@ -140,54 +150,3 @@ def copy_in_float(layer):
             f"Layer {layer.name!r} of class {type(layer).__name__} cannot be copied: its get_config or from_config "
             f"failed ({type(error).__name__}: {error}). Let get_config return the arguments of __init__."
         ) from error
-
-
-def replace_parts(owner, arguments: dict[int, dict]) -> None:
-    """Replaces layers inside a composite layer, wherever they are held.
-
-    Args:
-      owner: The composite layer; it is changed.
-      arguments: {id of a layer inside: arguments of `Quantized`}.
-    """
-    new: dict = {}
-    seen = set()
-
-    def now(layer):
-        """What takes the layer's place: itself, if only its parts change."""
-        if id(layer) in new:
-            return new[id(layer)]
-        if id(layer) in arguments:
-            new[id(layer)] = layer if isinstance(layer, Quantized) else placed(layer, layer, arguments)
-        elif trace.is_network(layer):
-            quantized = any(id(part) in arguments for _, part in trace.walk(layer))
-            new[id(layer)] = network_copy(layer, arguments, new) if quantized else layer
-        else:
-            visit(layer)
-            return layer
-        return new[id(layer)]
-
-    def visit(layer):
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
-        for attribute, value in trace.holders(layer):
-            replaced = [(part, now(part)) for _, part in trace.held(attribute, value)]
-            replaced = [(before, after) for before, after in replaced if before is not after]
-            if replaced:
-                replace_held(layer, attribute, _with(value, replaced), replaced)
-
-    visit(owner)
-
-
-def _with(value, replaced):
-    """A value of an attribute with layers replaced."""
-    for before, after in replaced:
-        if value is before:
-            return after
-    if isinstance(value, dict):
-        return {key: _with(entry, replaced) for key, entry in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_with(entry, replaced) for entry in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_with(entry, replaced) for entry in value)
-    return value

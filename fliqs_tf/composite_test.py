@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fliqs_tf import trace, wrapping
+import fliqs_tf
+from fliqs_tf import costs, normalization, trace, wrapping
 from fliqs_tf._keras import keras
 from fliqs_tf.composite import Composite
 from fliqs_tf.quantized import Quantized
@@ -123,3 +124,219 @@ def test_a_part_that_is_not_there():
     layer = Composite(L.MultiHeadAttention(2, 3, name="attention"), {"querry": {"weight_formats": ["INT4"]}})
     with pytest.raises(ValueError, match="Layer 'attention' has no part 'querry'. Its parts: query, key, value"):
         layer(ATTENTION_DATA[0], ATTENTION_DATA[0])
+
+
+# ---- layers and models of a class of their own
+
+register = keras.saving.register_keras_serializable("composite_test")
+
+
+@register
+class Mlp(L.Layer):
+    def __init__(self, width=6, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+        self.layers_in_turn = (L.Dense(2 * width, activation="relu"), L.Dropout(0.1), L.Dense(width, name="down"))
+
+    def call(self, x):
+        for layer in self.layers_in_turn:
+            x = layer(x)
+        return x
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width}
+
+
+@register
+class Encoder(keras.Model):
+    """Layers in attributes, lists and dicts; networks inside, one of them not built with the others; a shared layer."""
+
+    def __init__(self, width=6, depth=1, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.depth = width, depth
+        self.stem = keras.Sequential([L.Conv2D(width, 2, 2), L.BatchNormalization()], name="stem")
+        inputs = keras.Input((4, 4, width))
+        self.backbone = keras.Model(inputs, L.Conv2D(width, 3, padding="same")(inputs))
+        self.blocks = [
+            {"attention": L.MultiHeadAttention(2, 3, name="attention"), "mlp": Mlp(width)} for _ in range(depth)
+        ]
+        self.shared = L.Dense(width, name="shared")
+        self.head = L.Dense(3)
+
+    def call(self, x, training=None):
+        x = self.backbone(self.stem(x, training=training))
+        x = self.shared(tf.reshape(x, (-1, 16, self.width)))
+        for block in self.blocks:
+            x = x + block["attention"](x, x)
+            x = self.shared(x + block["mlp"](x))
+        return self.head(tf.reduce_mean(x, axis=1))
+
+    def get_config(self):
+        return {"width": self.width, "depth": self.depth, "name": self.name}
+
+
+PATHS = [
+    "stem/0",
+    "backbone/1",
+    "attention/query",
+    "attention/key",
+    "attention/value",
+    "attention/attention_output",
+    "blocks/0/mlp/layers_in_turn/0",
+    "blocks/0/mlp/down",
+    "shared",
+    "head",
+]
+IMAGES = data(4, 8, 8, 3)
+
+
+def encoder():
+    model = Encoder(name="encoder")
+    model(IMAGES)
+    return randomized(model)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    model = encoder()
+    weights, before = model.get_weights(), model(IMAGES)
+    wrapped = fliqs_tf.wrap(model, ["INT4", "INT8", "FP32"])
+    np.testing.assert_array_equal(wrapped(IMAGES), before)  # the widest format, until a search says otherwise
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    wrapped.compile("sgd", loss, metrics=["accuracy"], target_cost="0.7x INT8")
+    labels = np.array([0, 1, 2, 0])
+    wrapped.fit(IMAGES, labels, batch_size=2, verbose=0, quality_data=(IMAGES, labels))
+    for a, b in zip(model.get_weights(), weights):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(model(IMAGES), before)
+    return model, wrapped
+
+
+def test_a_subclassed_model_is_searched_in_a_copy(searched):
+    model, wrapped = searched
+    assert [d.name for d in wrapped.decisions] == PATHS
+    assert [d.layers for d in wrapped.decisions] == [[path] for path in PATHS]
+    assert len(wrapped.network.trainable_variables) == len(model.trainable_variables)
+    assert [(s.path, s.macs, s.weights) for s in wrapped.sites] == [
+        (t.path, t.macs, t.weights) for t in trace.trace(model)
+    ]
+    assert {s.path: s.macs for s in wrapped.sites}["shared"] == 2 * 16 * 36  # called twice on 16 places
+    assert len(normalization.batch_norms(wrapped.network)) == 1
+
+
+def test_a_deployed_subclassed_model_is_that_of_the_search_also_when_it_was_saved(searched, tmp_path):
+    _, wrapped = searched
+    deployed = wrapped.deploy()
+    np.testing.assert_array_equal(deployed(IMAGES), wrapped(IMAGES))
+    loaded = saved_and_loaded(deployed, tmp_path)
+    np.testing.assert_array_equal(loaded(IMAGES), deployed(IMAGES))
+    assert [path for path, layer in trace.walk(loaded) if isinstance(layer, Quantized)] == PATHS
+    assert costs.bops(loaded) == costs.bops(wrapped, wrapped.recipe())
+
+
+def test_a_saved_search_of_a_subclassed_model_goes_on(searched, tmp_path):
+    _, wrapped = searched
+    loaded = saved_and_loaded(wrapped, tmp_path)
+    np.testing.assert_array_equal(loaded(IMAGES), wrapped(IMAGES))
+    assert loaded.recipe() == wrapped.recipe()
+    assert [v.shape for v in loaded.variables] == [v.shape for v in wrapped.variables]
+
+
+def test_a_recipe_of_a_subclassed_model_applies_to_it(searched):
+    model, wrapped = searched
+    applied = wrapping.apply(model, wrapped.recipe())
+    assert [path for path, layer in trace.walk(applied) if isinstance(layer, Quantized)] == PATHS
+
+
+@register
+class Graph(keras.Model):
+    """A graph of a class that is saved by its arguments; one of its layers is an attribute too."""
+
+    def __init__(self, width=3, **kwargs):
+        inputs = {"a": keras.Input((None, 2), name="a"), "b": keras.Input((4,), name="b")}
+        dense = L.Dense(width)
+        x = L.MultiHeadAttention(1, 2, name="attention")(dense(inputs["a"]), dense(inputs["a"]))
+        super().__init__(inputs, L.Add()([L.GlobalAveragePooling1D()(x), L.Dense(width)(inputs["b"])]), **kwargs)
+        self.width, self.dense = width, dense
+
+    def get_config(self):
+        return {"width": self.width, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+def test_a_graph_of_a_class_of_its_own_is_copied_as_its_class_says(tmp_path):
+    model = randomized(Graph(name="net"))
+    x = {"a": data(3, 5, 2), "b": data(3, 4)}
+    fixed = wrapping.apply(model, "FP32")
+    paths = [path for path, layer in trace.walk(fixed) if isinstance(layer, Quantized)]
+    assert sorted(paths) == sorted(["dense", *(f"attention/{p}" for p in PROJECTIONS), paths[-1]])
+    np.testing.assert_array_equal(fixed(x), model(x))
+    fixed = wrapping.apply(model, "INT4")
+    assert not np.array_equal(fixed(x), model(x))
+    np.testing.assert_array_equal(saved_and_loaded(fixed, tmp_path)(x), fixed(x))
+    sizes = {"a": (7, 2), "b": (4,)}
+    assert {t.path: t.macs for t in trace.trace(fixed, sizes)}["dense"] == 2 * 7 * 2 * 3
+
+
+# ---- what is refused
+
+
+class Forgetful(Mlp):
+    def get_config(self):
+        return {"depth": 3}
+
+
+class Wider(Mlp):
+    def get_config(self):
+        return {**super().get_config(), "width": 8}
+
+
+@pytest.mark.parametrize(
+    "layer, why",
+    [
+        (
+            Forgetful,
+            "(?s)Layer 'mlp' of class Forgetful cannot be copied: .*Let get_config return",
+        ),
+        (Wider, "A copy of layer .* has other weights. Let get_config"),
+    ],
+)
+def test_a_layer_that_its_config_does_not_describe(layer, why):
+    inputs = keras.Input((5, 6))
+    with pytest.raises(ValueError, match=why):
+        wrapping.apply(keras.Model(inputs, layer(name="mlp")(inputs)), "INT4")
+
+
+@register
+class Holder(L.Layer):
+    """A layer that is given a layer."""
+
+    def __init__(self, held, **kwargs):
+        super().__init__(**kwargs)
+        self.held = keras.saving.deserialize_keras_object(held) if isinstance(held, dict) else held
+
+    def call(self, x):
+        return self.held(x)
+
+    def get_config(self):
+        return {**super().get_config(), "held": keras.saving.serialize_keras_object(self.held)}
+
+
+def test_a_layer_that_a_copy_would_untie():
+    inputs, shared = keras.Input((6,)), L.Dense(6, name="shared")
+    outputs = Holder(shared, name="second")(Holder(shared, name="first")(inputs))
+    with pytest.raises(ValueError, match="not made of the same layers; they differ in second/shared.*do not share"):
+        wrapping.apply(keras.Model(inputs, outputs), "INT4")
+
+
+def test_input_shapes_of_subclassed_models():
+    model = encoder()
+    with pytest.raises(ValueError, match=r"input_shape \(9, 9\) does not fit model 'encoder', which takes"):
+        wrapping.apply(model, "INT4", input_shape=(9, 9))
+    with pytest.raises(ValueError, match=r"(?s)cannot be called on examples of \(\(20, 20, 3\), 'float32'\).*Give inp"):
+        wrapping.apply(model, "INT4", input_shape=(20, 20, 3))
+    with pytest.raises(ValueError, match="Model 'new' is not built: .*call it on a batch"):
+        wrapping.apply(Encoder(name="new"), "INT4")

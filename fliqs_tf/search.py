@@ -33,7 +33,7 @@ from fliqs_tf import (
     targets,
     wrapping,
 )
-from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras
+from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras, map_shapes
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
 from fliqs_tf.profile import Profile
@@ -57,8 +57,9 @@ def wrap(
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
-      model: A built Functional or Sequential Keras model. It stays as it is; its weights are copied. Of one that is
-        annotated with TensorFlow Model Optimization only the annotated layers are quantized, see docs/tfmot.md.
+      model: A built Keras model: Functional, Sequential, or of a class of its own, whose `get_config` gives the
+        arguments of its `__init__`. It stays as it is; its weights are copied. Of one that is annotated with TensorFlow
+        Model Optimization only the annotated layers are quantized, see docs/tfmot.md.
       space: Menu of formats for every layer: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
         "FLIQS-L-FLOAT", "MIXED") or a list of formats. None: "FLIQS-S-INT", or what the profile has.
       rules: What differs for some layers: (pattern, menu), (pattern, None) to leave them in float, or
@@ -72,7 +73,8 @@ def wrap(
       granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
-      input_shape: Shape of one example; needed only if the model leaves a size open.
+      input_shape: Shape of one example, for several inputs a list or dict of shapes; a `tf.TensorSpec` in place of a
+        shape gives the dtype too. Needed only if the model leaves a size open, or does not say what its input is.
 
     Returns:
       A `SearchModel`: compile it with a `target_cost`, then `fit`.
@@ -93,7 +95,8 @@ def wrap(
         rules = [_for_integers(rule) for rule in wrapping.as_rules(rules)]
     elif target is not None:
         menus = [targets.menu(menu, target, tensors) for menu in menus]
-    network = wrapping.quantized_network(model, menus[0], rules, granularity, tensors, *menus[1:])
+    options = (rules, granularity, tensors, *menus[1:])
+    network = wrapping.quantized_network(model, menus[0], *options, input_shape=input_shape)
     if target == "tflite":
         export_graph.check_layers(network)
         network = carriers.with_carriers(network)
@@ -141,7 +144,7 @@ class SearchModel(keras.Model):
         if carriers.has_carriers(network):
             carriers.link(network)
         self.profile = profile
-        self._example_shape = input_shape
+        self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
         self._search = {}
         # What a step returns is the same on all replicas; tf_keras would add it up.
         self.distribute_reduction_method = "first"

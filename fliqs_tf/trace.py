@@ -8,14 +8,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
 
 import tensorflow as tf
 
-from fliqs_tf._keras import keras, weights_of_attributes
+from fliqs_tf._keras import attributes, keras, map_shapes, recorded_input_specs, weights_of_attributes
 
 _LAYERS = keras.layers
 # Their layers run in loops, or with weights that are not their own: what they compute cannot be read off their calls.
@@ -94,30 +93,38 @@ def _macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     return math.prod(outputs) * window * (in_channels // layer.groups)
 
 
-def is_network(layer: keras.layers.Layer) -> bool:
-    """True for a Functional or Sequential model: a graph of layers. Other layers that hold layers are composite."""
+def is_graph(layer: keras.layers.Layer) -> bool:
+    """True for a model that is a graph of layers: Functional, Sequential, and classes made from these."""
     return isinstance(layer, keras.Sequential) or (
         isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
     )
 
 
-def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
-    """(name, layer) of the layers that a layer is directly made of, [] for one that stands for itself.
+def is_network(layer: keras.layers.Layer) -> bool:
+    """True for a graph that is no more than its layers: it can be copied layer by layer.
 
-    The layers of a network go by their names. A composite layer holds its layers in attributes, or in lists, tuples and
-    dicts there; they go by their names if these were given and are unique, else by where they are held: "blocks/3".
+    Any other layer that holds layers is composite: also a graph whose class has a `get_config` or `call` of its own, as
+    the models of keras_hub do.
+    """
+    own = (getattr(type(layer), method).__module__.split(".")[0] for method in ("get_config", "call"))
+    return is_graph(layer) and set(own) == {keras.__name__}
+
+
+def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
+    """(place, layer) of the layers that a layer is directly made of, [] for one that stands for itself.
+
+    The place of a layer in a graph is its index, "3"; elsewhere the attribute that holds it, and the index or key in a
+    list, tuple or dict there: "dense", "blocks/3".
     """
     layer = inside(layer)
-    if is_network(layer):
-        root = composite_root(layer)
-        if root is not None:
-            return children(root)
-        return [(child.name, child) for child in map(content, layer.layers)]
-    if hasattr(layer, "quantized_layer") or kernels(layer) or isinstance(layer, _CLOSED):
+    if kernels(layer) or isinstance(layer, (_LAYERS.InputLayer, *_CLOSED)):
         return []
-    found = [pair for attribute, value in holders(layer) for pair in held(attribute, value)]
-    given = collections.Counter(child.name for child in {id(child): child for _, child in found}.values())
-    return [(place if given[child.name] > 1 or _is_automatic(child) else child.name, child) for place, child in found]
+    graph = [content(child) for child in layer.layers] if is_graph(layer) else []
+    found: dict[int, tuple[str, keras.layers.Layer]] = {}
+    for place, child in () if is_network(layer) else _held("", attributes(layer)):
+        found.setdefault(id(child), (place, child))
+    in_graph = {id(child): found.get(id(child), (str(index), child)) for index, child in enumerate(graph)}
+    return list({**in_graph, **found}.values())
 
 
 def is_annotation(layer: keras.layers.Layer) -> bool:
@@ -145,10 +152,17 @@ def annotations(network: keras.Model, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def holders(layer: keras.layers.Layer) -> list[tuple[str, object]]:
-    """(name, value) of the attributes of a composite layer that may hold layers."""
-    names = [name for name in vars(layer) if name not in _keras_attributes() and not name.startswith("_self_")]
-    return [(name, getattr(layer, name)) for name in names]
+def _held(place: str, value) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(place, layer) of the layers in the value of an attribute."""
+    if isinstance(value, keras.layers.Layer):
+        if not isinstance(value, keras.metrics.Metric):  # a layer in tf_keras
+            yield place.strip("/_"), value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _held(f"{place}/{key}", entry)
+    elif isinstance(value, (list, tuple)):
+        for index, entry in enumerate(value):
+            yield from _held(f"{place}/{index}", entry)
 
 
 def composite_root(network: keras.Model) -> keras.layers.Layer | None:
@@ -159,25 +173,6 @@ def composite_root(network: keras.Model) -> keras.layers.Layer | None:
     return None
 
 
-def held(place: str, value) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """(place, layer) of the layers in the value of an attribute."""
-    if isinstance(value, keras.layers.Layer):
-        if not isinstance(value, keras.metrics.Metric):  # a layer in tf_keras
-            yield place, value
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            yield from held(f"{place}/{key}", entry)
-    elif isinstance(value, (list, tuple)):
-        for index, entry in enumerate(value):
-            yield from held(f"{place}/{index}", entry)
-
-
-@functools.cache
-def _keras_attributes() -> frozenset[str]:
-    """Names of the attributes that every layer or model has."""
-    return frozenset({*vars(keras.layers.Layer()), *vars(keras.Model())})
-
-
 def _is_automatic(layer) -> bool:
     """True if the name is one that Keras gives: the class and a number that depends on what was made before."""
     layer = inside(layer)
@@ -186,25 +181,36 @@ def _is_automatic(layer) -> bool:
     return stem in (type(layer).__name__.replace("_", "").lower(), *classes)
 
 
-def walk(model: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of every layer of a model or layer but networks, each once, in the model's order.
+def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of every layer of a model or layer, each once, in the model's order.
 
-    Goes into nested networks and composite layers; a composite layer comes before what it is made of. A network that is
-    nothing but one composite layer of its own name adds nothing to the paths: "dense", not "net/dense".
+    Goes into nested networks and composite layers. A path is made of names: "encoder/block_3/attention/query". In a
+    composite layer the place of a layer stands for a name that Keras gave, which depends on what was made before, or
+    that another layer there has too: "blocks/3". A network that is nothing but one composite layer of its own name adds
+    nothing: "dense", not "net/dense".
+
+    Args:
+      model: Where to start; it does not come out itself.
+      networks: Nested networks come out too, as composite layers do, before what they are made of.
     """
     seen = set()
 
-    def visit(layer, prefix):
-        for name, child in children(layer):
-            if id(child) in seen:
-                continue
-            seen.add(id(child))
-            path = f"{prefix}{name}"
-            if not is_network(child):
-                yield path, child
-            yield from visit(child, f"{path}/")
+    def visit(layer, prefix, in_composite):
+        if is_network(layer) and (root := composite_root(layer)) is not None:
+            layer = root
+        in_composite = in_composite or not is_network(layer)
+        parts = children(layer)
+        names = collections.Counter(child.name for _, child in parts)
+        for place, child in parts:
+            if id(child) not in seen:
+                seen.add(id(child))
+                by_place = in_composite and (names[child.name] > 1 or _is_automatic(child))
+                path = prefix + (place if by_place else child.name)
+                if networks or not is_network(child):
+                    yield path, child
+                yield from visit(child, f"{path}/", in_composite)
 
-    return visit(model, "")
+    return visit(model, "", False)
 
 
 def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
@@ -215,22 +221,32 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
 
     Args:
       model: A built model.
-      input_shape: Shape of one example, without the batch axis (a list of shapes for several inputs). Needed only if
-        the model leaves a size open.
+      input_shape: See `input_specs`. Needed only if the model leaves a size open.
 
     Raises:
       ValueError: The model is not built, or leaves a size open and no `input_shape` is given.
     """
-    found = [(path, layer) for path, layer in walk(model) if kernels(inside(layer))]
+    found = [(path, layer) for path, layer in walk(model) if inside(layer).built and kernels(inside(layer))]
+    example = _one_example(model, input_shape)
     with _recording([layer for _, layer in found]) as calls:
-        specs = _input_specs(model, input_shape)
-        tf.function(lambda *inputs: model(_like_inputs(model, inputs), training=False)).get_concrete_function(*specs)
+
+        def call(inputs):
+            model(inputs, training=False)
+            return [shape for pairs in calls.values() for pair in pairs for shape in pair if tf.is_tensor(shape)]
+
+        called = tf.function(call).get_concrete_function(example)
     model._clear_losses()  # of activity regularizers: tensors of that function
+    # Sizes that are not known before the model runs.
+    sizes = iter(called(tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), example)) if called.outputs else ())
+    shapes = {
+        key: [[tuple(next(sizes).numpy().tolist()) if tf.is_tensor(s) else s for s in pair] for pair in pairs]
+        for key, pairs in calls.items()
+    }
     return [
         TracedLayer(
             path,
             layer,
-            sum(_macs(layer, i, o) for i, o in calls[id(called)]),
+            sum(_macs(layer, i, o) for i, o in shapes[id(called)]),
             sum(math.prod(getattr(layer, k.attribute).shape) for k in kernels(layer)),
         )
         for path, called in found
@@ -252,13 +268,20 @@ def _recording(layers):
         def recorded(inputs, *args, **kwargs):
             # Shapes are those of the layer inside; tracing its quantizers would take most of the time.
             outputs = call(inputs, *args, **kwargs) if inside(layer) is layer else inside(layer).call(inputs)
-            calls[id(layer)].append((tuple(inputs.shape), tuple(outputs.shape)))
+            # A Sequential model of tf_keras may make its graph anew, symbolically, while it is called.
+            if not tf.compat.v1.get_default_graph().name.endswith("scratch_graph"):
+                calls[id(layer)].append((_shape(inputs), _shape(outputs)))
             return outputs
 
         return recorded
 
     with overridden_calls({layer: recorder(layer, layer.call) for layer in layers}):
         yield calls
+
+
+def _shape(tensor):
+    """Sizes as integers, as a tensor if some are not known yet."""
+    return tuple(tensor.shape) if None not in tuple(tensor.shape) else tf.shape(tensor)
 
 
 @contextlib.contextmanager
@@ -273,28 +296,60 @@ def overridden_calls(overrides: dict):
             object.__delattr__(layer, "call")
 
 
-def _like_inputs(model, tensors):
-    # A Sequential model of Keras 3 has no `input`.
-    return tf.nest.pack_sequence_as(getattr(model, "input", model.inputs[0]), tensors)
+def input_specs(model: keras.Model, input_shape=None):
+    """The input of a model: a `tf.TensorSpec` of one example, without the batch axis, or a list or dict of them.
 
+    Args:
+      model: A model that is a graph, or that has been called or built.
+      input_shape: Shape of one example, or, for several inputs, a list or dict of shapes. A `tf.TensorSpec` in place
+        of a shape gives the dtype too. None: what the model was made for, or what it was built with.
 
-def _input_specs(model, input_shape) -> list[tf.TensorSpec]:
-    inputs = tf.nest.flatten(model.inputs)
-    shapes = [tuple(i.shape[1:]) for i in inputs]
-    if input_shape is not None:
-        shapes = [tuple(input_shape)] if len(inputs) == 1 else [tuple(s) for s in input_shape]
-    for shape, tensor in zip(shapes, inputs):
-        if None in shape:
+    Raises:
+      ValueError: The model does not say what its input is, or `input_shape` does not fit it.
+    """
+    known = recorded_input_specs(model)
+    if input_shape is None:
+        if known is None:
             raise ValueError(
-                f"The input {tensor.name!r} of model {model.name!r} has the open shape {shape}: MACs depend on it. "
-                f"Give the shape of one example: input_shape=(224, 224, 3), for instance."
+                f"Model {model.name!r} does not say what its input is. Give the shape of one example: "
+                f"input_shape=(224, 224, 3), for instance; a list or dict of shapes if it has several inputs."
             )
-    return [tf.TensorSpec((1, *shape), i.dtype) for shape, i in zip(shapes, inputs)]
+        return known
+    given = map_shapes(lambda s: s if isinstance(s, tf.TensorSpec) else tf.TensorShape(s), input_shape)
+    if known is None:
+        return tf.nest.map_structure(lambda s: _as_spec(s, tf.TensorSpec((), tf.float32)), given)
+    wanted = tf.nest.flatten(known)
+    if isinstance(given, dict) and not isinstance(known, dict):
+        given = [given[spec.name] for spec in wanted if spec.name in given]
+    given = tf.nest.flatten(given)
+    specs = [_as_spec(shape, spec) for shape, spec in zip(given, wanted)]
+    if len(given) != len(wanted) or not all(
+        (spec.shape if is_graph(model) else tf.TensorShape([None] * spec.shape.rank)).is_compatible_with(s.shape)
+        for s, spec in zip(specs, wanted)
+    ):
+        expected = ", ".join(f"{tuple(spec.shape)} ({spec.name})" for spec in wanted)
+        raise ValueError(f"input_shape {input_shape} does not fit model {model.name!r}, which takes {expected}.")
+    return tf.nest.pack_sequence_as(known, specs)
+
+
+def _as_spec(shape, known: tf.TensorSpec) -> tf.TensorSpec:
+    return shape if isinstance(shape, tf.TensorSpec) else tf.TensorSpec(shape, known.dtype, known.name)
+
+
+def _one_example(model, input_shape):
+    """The model's input with a batch axis of 1."""
+    for spec in tf.nest.flatten(specs := input_specs(model, input_shape)):
+        if None in tuple(spec.shape):
+            raise ValueError(
+                f"The input {spec.name!r} of model {model.name!r} has the open shape {tuple(spec.shape)}: MACs depend "
+                f"on it. Give the shape of one example: input_shape=(224, 224, 3), for instance."
+            )
+    return tf.nest.map_structure(lambda spec: tf.TensorSpec((1, *spec.shape), spec.dtype), specs)
 
 
 def quantizable(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of the layers that have kernels."""
-    return [(path, layer) for path, layer in walk(model) if kernels(layer)]
+    """(path, layer) of the layers that have kernels. A layer that was never called has none yet."""
+    return [(path, layer) for path, layer in walk(model) if layer.built and kernels(layer)]
 
 
 def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:

@@ -175,7 +175,8 @@ def test_a_network_that_is_nothing_but_one_layer_adds_nothing_to_paths():
     inputs = keras.Input((3,))
     alone = keras.Model(inputs, Held(name="net")(inputs), name="net")
     assert list(counted(alone)) == HELD
-    assert [path for path, _ in trace.quantizable(Held())] == HELD
+    assert [path for path, layer in trace.walk(Held()) if trace.kernels(layer)] == HELD
+    assert trace.quantizable(Held()) == []  # nothing is built yet
 
 
 def attention(**options):
@@ -190,6 +191,29 @@ def test_attention_counts_its_projections_at_every_token():
         "attention/value": (50 * 4 * 2 * 5, 4 * 2 * 5),
         "attention/attention_output": (197 * 2 * 5 * 7, 2 * 5 * 7),
     }
+
+
+def test_sizes_that_are_known_only_when_the_model_runs():
+    inputs = keras.Input((8, 6))
+    pairs = L.Lambda(lambda x: tf.boolean_mask(x, tf.ones(tf.shape(x)[:2], tf.bool)), output_shape=(6,))(inputs)
+    model = keras.Model(inputs, L.Dense(5, name="fc")(pairs))
+    assert counted(model) == {"fc": (8 * 6 * 5, 6 * 5)}
+
+
+@pytest.mark.parametrize(
+    "input_shape, why",
+    [
+        ((9, 9), r"input_shape \(9, 9\) does not fit model 'net', which takes \(8, 8, 3\)"),
+        ((9, 9, 3), "does not fit model 'net'"),
+        ([(8, 8, 3), (2,)], "does not fit model 'net'"),
+        ("large", "A shape is a list of sizes.*Got 'large'"),
+    ],
+)
+def test_input_shapes_that_do_not_fit(input_shape, why):
+    inputs = keras.Input((8, 8, 3), name="image")
+    model = keras.Model(inputs, L.Conv2D(2, 3)(inputs), name="net")
+    with pytest.raises(ValueError, match=why):
+        trace.trace(model, input_shape)
 
 
 def test_examples_that_became_rows_count_as_parts_of_an_example():

@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 from fliqs_tf import carriers, composite, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
@@ -92,18 +94,20 @@ class Plan:
         return dict(zip(composite.ARGUMENTS, values))
 
 
-def quantized_network(model, space, rules=(), granularity="layer", tensors="together", input_space=None) -> keras.Model:
+def quantized_network(
+    model, space, rules=(), granularity="layer", tensors="together", input_space=None, *, input_shape=None
+) -> keras.Model:
     """A copy of a model whose layers read decisions.
 
     Args:
-      model, space, rules, granularity, tensors: As for `fliqs_tf.wrap`.
+      model, space, rules, granularity, tensors, input_shape: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
     """
     layers = layers_to_quantize(model)
     spaces = (Space(space), Space(space if input_space is None else input_space))
     plans = plan([path for path, _ in layers], trace.annotations(model), spaces, rules, granularity, tensors)
     _log_left_in_float(model)
-    return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans})
+    return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans}, input_shape)
 
 
 def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, Plan]:
@@ -137,7 +141,9 @@ def decision_names(base: str, tensors: str) -> tuple[str, str]:
     return (f"{base}/weights", f"{base}/activations") if tensors == "separate" else (base, base)
 
 
-def apply(model: keras.Model, recipe: Recipe | Format | str, *, target: str | None = None) -> keras.Model:
+def apply(
+    model: keras.Model, recipe: Recipe | Format | str, *, target: str | None = None, input_shape=None
+) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 
     Args:
@@ -146,6 +152,7 @@ def apply(model: keras.Model, recipe: Recipe | Format | str, *, target: str | No
         in float if the recipe came from a search that left them so.
       target: "tflite": int8 tensors between the layers are quantized too, as in the file that
         `fliqs_tf.export.tflite` writes.
+      input_shape: See `fliqs_tf.wrap`.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
@@ -165,7 +172,7 @@ def apply(model: keras.Model, recipe: Recipe | Format | str, *, target: str | No
             weights, activations = decided[path]["weights"], decided[path].get("activations")
             menus = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
             arguments[id(layer)] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
-    copy = _copy(model, arguments)
+    copy = _copy(model, arguments, input_shape)
     if not is_for_tflite(target):
         return copy
     copy = carriers.with_carriers(copy)
@@ -212,10 +219,10 @@ def decisions(network: keras.Model) -> list[Decision]:
 def layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
     """(path, layer) of the layers of a float model that can be quantized; raises if there are none."""
     check_model(model)
-    if not getattr(model, "inputs", None):
+    if not model.built or (trace.is_graph(model) and not getattr(model, "inputs", None)):
         raise ValueError(
-            f"Model {model.name!r} is not built or not a Functional or Sequential model: give it an Input layer, or "
-            f"call model.build(input_shape) first."
+            f"Model {model.name!r} is not built: give it an Input layer, call it on a batch, or call "
+            f"model.build(input_shape) first."
         )
     if any(isinstance(layer, Quantized) for _, layer in trace.walk(model)):
         raise ValueError(
@@ -322,14 +329,23 @@ def _log_left_in_float(model) -> None:
         _LOG.warning("Left in float, because their class is not known: %s.", ", ".join(unknown))
 
 
-def _copy(model: keras.Model, arguments: dict[int, dict]) -> keras.Model:
+def _copy(model: keras.Model, arguments: dict[int, dict], input_shape=None) -> keras.Model:
     """A copy of a model with its weights.
 
     Args:
       model: The original, quantized or not.
       arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized in the copy.
+      input_shape: See `trace.input_specs`; for a model that is not a network.
+
+    Returns:
+      A network. That of a composite model is nothing but a layer of its name.
     """
-    copy = composite.network_copy(model, arguments, {})
+    if trace.is_network(model):
+        copy = composite.network_copy(model, arguments, {})
+    else:
+        layer = composite.placed(composite.copy_in_float(model), model, arguments)
+        # A graph knows what it leaves open; the shape of an example is for counting.
+        copy = _network_of(layer, trace.input_specs(model, None if trace.is_graph(model) else input_shape))
     originals, copies = _layers_of(model), _layers_of(copy)
     if originals.keys() != copies.keys():
         differ = sorted(originals.keys() ^ copies.keys())
@@ -343,9 +359,29 @@ def _copy(model: keras.Model, arguments: dict[int, dict]) -> keras.Model:
     return copy
 
 
+def _network_of(layer, specs) -> keras.Model:
+    """A network that is nothing but a layer and its inputs."""
+    flat = tf.nest.flatten(specs)
+    names = sorted(specs) if isinstance(specs, dict) else [spec.name for spec in flat]
+    inputs = tf.nest.pack_sequence_as(
+        specs, [keras.Input(tuple(spec.shape), dtype=spec.dtype.name, name=name) for spec, name in zip(flat, names)]
+    )
+    try:
+        outputs = layer(inputs)
+    except Exception as error:
+        shapes = tf.nest.map_structure(lambda spec: (tuple(spec.shape), spec.dtype.name), specs)
+        raise ValueError(
+            f"Model {layer.name!r} cannot be called on examples of {shapes}: {type(error).__name__}: {error} "
+            f"Give input_shape; a tf.TensorSpec in place of a shape gives the dtype too."
+        ) from error
+    return keras.Model(inputs, outputs, name=layer.name)
+
+
 def _layers_of(model) -> dict:
-    # Input layers are made anew, with names of their own.
-    return {path: layer for path, layer in trace.walk(model) if not isinstance(layer, keras.layers.InputLayer)}
+    """{path: layer}, a model that is not a network under ""; without input layers, whose names are not copied."""
+    found = {path: layer for path, layer in trace.walk(model) if not isinstance(layer, keras.layers.InputLayer)}
+    root = model if not trace.is_network(model) else trace.composite_root(model)
+    return found if root is None else {"": root, **found}
 
 
 def _copy_state(layer, copy) -> None:
