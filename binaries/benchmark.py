@@ -3,6 +3,7 @@
     python binaries/benchmark.py                      # ResNet-20, both Kerases: about 15 minutes
     python binaries/benchmark.py --keras=legacy       # one of them
     python binaries/benchmark.py --controller         # the controller alone, on landscapes with a known optimum
+    python binaries/benchmark.py --wrap               # seconds and memory of wrap() on large networks
 
 Times: configurations take turns in one process, round by round, so that a change of the machine's speed meets all of
 them; the median counts. Memory and first steps: a process each. Training batches are made once, so no input pipeline
@@ -11,6 +12,7 @@ is measured. The machine must have nothing else to do.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -35,6 +37,7 @@ from fliqs_tf.recipe import write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("controller", False, "Benchmark the controller on synthetic landscapes instead.")
+flags.DEFINE_bool("wrap", False, "Measure wrap() on large networks instead.")
 flags.DEFINE_enum("keras", "both", ["both", "3", "legacy"], "Which Keras.")
 flags.DEFINE_integer("rounds", 7, "Rounds of each configuration.", lower_bound=1)
 flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
@@ -47,6 +50,12 @@ SPACES = {
     "search, 6 options": "FLIQS-L-INT",
     "search, 14 options": fliqs_tf.PRESETS["FLIQS-L-FLOAT"][:-1],
 }
+LARGE = {
+    "resnet50": {},
+    "efficientnet_b4": {},
+    "deit_base": {},
+    "bert": {"width": 1.5, "depth": 12},  # BERT-base
+}
 HELD_OUT = "search, 3 options, held-out quality"
 
 
@@ -57,9 +66,12 @@ def main(argv):
         print(landscapes.HEADER)
         for row in landscapes.run():
             print(landscapes.table_line(row), flush=True)
+    elif FLAGS.wrap:
+        show_wrap()
     elif FLAGS.worker:
         kind, _, name = FLAGS.worker.partition(":")
-        print(json.dumps({"times": times, "memory": memory, "first": first_step}[kind](*([name] if name else []))))
+        workers = {"times": times, "memory": memory, "first": first_step, "wrap": wrap}
+        print(json.dumps(workers[kind](*([name] if name else []))))
     else:
         results = {"versions": versions(), "cores": os.cpu_count(), "batch": BATCH, "steps": FLAGS.steps}
         for which in ("legacy", "3") if FLAGS.keras == "both" else (FLAGS.keras,):
@@ -167,6 +179,56 @@ def first_step(name: str) -> float:
     start = time.perf_counter()
     _fit(configurations(not IS_KERAS_3)[name](model), name, data, 1)
     return time.perf_counter() - start
+
+
+def wrap(name: str) -> dict:
+    """Seconds of wrap() and of counting MACs, and what the wrapped model holds, against the float model."""
+    wrapped = fliqs_tf.wrap(models.get("resnet8"), "FLIQS-S-INT")  # what every first call of TensorFlow takes
+    fliqs_tf.costs.bops(wrapped, "INT8")
+    resident = [_resident()]
+    model = models.get(name, **LARGE[name])
+    resident.append(_resident())
+    marks = [(time.perf_counter(), time.process_time())]
+    wrapped = fliqs_tf.wrap(model, "FLIQS-S-INT")
+    marks.append((time.perf_counter(), time.process_time()))
+    resident.append(_resident())
+    gbops = fliqs_tf.costs.bops(wrapped, "INT8")
+    marks.append((time.perf_counter(), time.process_time()))
+    seconds = np.diff(np.array(marks), axis=0)
+    held = [sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in m.variables) for m in (model, wrapped)]
+    return {
+        "decisions": len(wrapped.decisions),
+        "gbops": gbops,
+        "wrap": {"wall": seconds[0, 0], "cpu": seconds[0, 1]},
+        "count": {"wall": seconds[1, 0], "cpu": seconds[1, 1]},
+        "variables": held[1] / held[0],
+        "resident": dict(zip(("float", "wrapped"), np.diff(resident).tolist())),
+    }
+
+
+def _resident() -> float:
+    """Memory of this process in MiB."""
+    gc.collect()
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def show_wrap() -> None:
+    """Measures and prints one table per Keras."""
+    print(
+        f"{'':20}{'Keras':>8}{'decisions':>10}{'wrap, s':>9}{'count, s':>9}{'variables':>11}{'MiB':>7}{'to float':>9}"
+    )
+    for which in ("legacy", "3") if FLAGS.keras == "both" else (FLAGS.keras,):
+        for name in LARGE:
+            if (which, name) != ("legacy", "bert"):  # keras_hub needs Keras 3
+                found = _worker(which, f"wrap:{name}")
+                wrap_s, count_s = found["wrap"]["wall"], found["count"]["wall"]
+                mib, base = found["resident"]["wrapped"], found["resident"]["float"]
+                print(
+                    f"{name:20}{which:>8}{found['decisions']:10}{wrap_s:9.1f}{count_s:9.1f}"
+                    f"{found['variables']:11.3f}{mib:7.0f}{mib / base:9.2f}",
+                    flush=True,
+                )
 
 
 def show(which: str, result: dict) -> None:
