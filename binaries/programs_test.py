@@ -42,6 +42,8 @@ def searched(tmp_path_factory):
 
 def test_search_leaves_what_it_promises(searched):
     path, output = searched
+    assert "TFLite: " in output and "(XNNPACK): " in output
+    assert (path / "model.tflite").read_bytes()[4:8] == b"TFL3"
     recipe = json.loads((path / "recipe.json").read_text())
     assert len(recipe["formats"]) == 10 and set(recipe["formats"].values()) <= {"INT4", "INT8", "BF16"}
     assert abs(recipe["cost"] / recipe["target_cost"] - 1) < 0.05
@@ -71,6 +73,16 @@ def test_saved_model_evaluates_to_the_accuracy_of_the_recipe(searched):
     assert "It multiplies INT4 weights only by BF16, E4M3 inputs." in " ".join(words)
     accuracy = f"{json.loads((path / 'recipe.json').read_text())['accuracy'] * 100:.2f}"
     assert output.count(accuracy) == 2
+
+
+def test_export_compares_and_fails_beyond_the_tolerance(searched, tmp_path):
+    path, _ = searched
+    file = tmp_path / "again.tflite"
+    status, output, errors = run("export.py", f"--run_dir={path}", f"--output={file}")
+    assert status == 0, errors
+    assert file.read_bytes() == (path / "model.tflite").read_bytes() and "accuracy" in output
+    status, _, errors = run("export.py", f"--run_dir={tmp_path}")
+    assert status != 0 and "holds no finished run" in errors and "Traceback" not in errors
 
 
 def test_a_second_run_in_its_directory_is_refused(searched):

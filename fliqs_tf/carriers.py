@@ -61,7 +61,8 @@ def activation(layer) -> str:
     """
     if isinstance(layer, _LAYERS.ReLU):
         plain = not layer.negative_slope and not layer.threshold
-        name = {None: "relu", 6: "relu6"}.get(layer.max_value) if plain else None
+        largest = None if layer.max_value is None else float(layer.max_value)  # an array once tf_keras has copied it
+        name = {None: "relu", 6.0: "relu6"}.get(largest) if plain else None
         return name or f"ReLU({layer.max_value}, {layer.negative_slope}, {layer.threshold})"
     function = getattr(getattr(layer, "quantized_layer", layer), "activation", None)
     return "linear" if function is None else getattr(function, "__name__", type(function).__name__)
