@@ -28,7 +28,7 @@ import fliqs_tf
 from binaries import data as datasets
 from binaries import settings
 from binaries.run_dir import versions
-from fliqs_tf import export_check, trace
+from fliqs_tf import export_check, loading, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.files import read_json, write_json
 
@@ -64,7 +64,7 @@ def run_files(folder: pathlib.Path):
     for run in map(pathlib.Path, FLAGS.runs):
         try:
             saved = read_json(run / "flags.json", "run's flags")
-            model = keras.models.load_model(run / "model.keras", compile=False)
+            model = loading.load_model(run / "model.keras")
         except (OSError, ValueError) as error:
             sys.exit(f"{run} holds no finished run: {error}")
         if data is None:

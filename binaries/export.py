@@ -16,9 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-import fliqs_tf  # noqa: F401 - its layers, for load_model
 from binaries import exporting, settings
-from fliqs_tf._keras import keras
+from fliqs_tf import loading
 from fliqs_tf.files import read_json
 
 FLAGS = flags.FLAGS
@@ -42,7 +41,7 @@ def main(argv):
     run = pathlib.Path(FLAGS.run_dir)
     try:
         saved = read_json(run / "flags.json", "run's flags")
-        final = keras.models.load_model(run / "model.keras", compile=False)
+        final = loading.load_model(run / "model.keras")
     except (OSError, ValueError) as error:
         sys.exit(f"{run} holds no finished run: {error}")
     for name in _OF_THE_RUN:
