@@ -159,6 +159,11 @@ class SearchModel(keras.Model):
         self._assign(self.controller.most_likely())
 
     def _new_controller(self, options: dict) -> Controller:
+        if not self.decisions:
+            raise ValueError(
+                f"Model {self.network.name!r} has no formats to choose from: give what fliqs_tf.wrap or quantize_apply "
+                f"with fliqs_tf.tfmot.FliqsQuantizeScheme made."
+            )
         noise = [[Format(f).noise() for f in d.options] for d in self.decisions]
         return Controller([len(d.options) for d in self.decisions], **{"prior": noise, "name": "controller", **options})
 

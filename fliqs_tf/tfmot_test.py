@@ -260,6 +260,10 @@ def test_what_cannot_be_searched_is_refused():
         fliqs_tf.wrap(applied(small()), "FLIQS-S-INT")
     with pytest.raises(ValueError, match="tensors must be None or one of together, weights, separate, got 'both'"):
         config(tensors="both")
+    with pytest.raises(
+        ValueError, match="'small' has no formats to choose from: give what fliqs_tf.wrap or quantize_a"
+    ):
+        fliqs_tf.SearchModel(small())
     with pytest.raises(ValueError, match="Unknown space 'FLIQS-XS'"):
         fliqs_tf.tfmot.FliqsQuantizeScheme("FLIQS-XS")
     shared = config(["INT4"])
