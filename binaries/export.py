@@ -1,6 +1,7 @@
 """A trained run to a file that runs elsewhere, compared with the Keras model on the test split.
 
     python binaries/export.py --run_dir=runs/digits_resnet8_search --format=tflite
+    python binaries/export.py --run_dir=runs/digits_resnet8_search --format=onnx --plan    # only says what runs
 
 Exits with an error if the file does not compute what the Keras model does.
 """
@@ -16,20 +17,23 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
+import fliqs_tf
 from binaries import exporting, settings
 from fliqs_tf import loading
 from fliqs_tf.files import read_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "Run of search.py or train.py: its model.keras is exported, its data compared on.")
-flags.DEFINE_enum("format", "tflite", ["tflite"], "What to write.")
-flags.DEFINE_string("output", None, "The file. Default: model.<format> in --run_dir.")
+flags.DEFINE_enum("format", "tflite", ["tflite", "onnx", "packed"], "What to write.")
+flags.DEFINE_bool("plan", False, "Write nothing; print what --format does with every layer.")
+flags.DEFINE_string("output", None, "The file. Default: model.tflite, model.onnx or model.safetensors in --run_dir.")
 flags.DEFINE_float("tolerance", 1, "tflite: most output steps that a value may be off.", lower_bound=0)
-flags.DEFINE_float("top1", 0.995, "tflite: least share of examples with the same guess.", 0, 1)
+flags.DEFINE_float("top1", 0.995, "tflite, onnx: least share of examples with the same guess.", 0, 1)
 flags.DEFINE_bool(
     "int4", True, "tflite: int4 convolutions: half the size, slower. --noint4: as int8, exact and faster."
 )
 
+_SUFFIX = {"tflite": "tflite", "onnx": "onnx", "packed": "safetensors"}
 _OF_THE_RUN = ("dataset", "data_dir", "model", "width", "holdout", "seed")
 
 
@@ -47,17 +51,27 @@ def main(argv):
     for name in _OF_THE_RUN:
         if name in saved and not FLAGS[name].present:
             FLAGS[name].value = saved[name]
+    if FLAGS.plan:
+        plan = fliqs_tf.export.plan(final, FLAGS.format)
+        print(plan)
+        sys.exit(1 if plan.obstacles else 0)
     data = settings.load_data()
+    path = pathlib.Path(FLAGS.output or run / f"model.{_SUFFIX[FLAGS.format]}")
     try:
-        problems = exporting.tflite(
-            final,
-            pathlib.Path(FLAGS.output or run / "model.tflite"),
-            data,
-            seed=FLAGS.seed,
-            int4=FLAGS.int4,
-            tolerance=FLAGS.tolerance,
-            top1=FLAGS.top1,
-        )
+        if FLAGS.format == "packed":
+            problems = exporting.packed(final, path, data)
+        elif FLAGS.format == "onnx":
+            problems = exporting.onnx(final, path, data, top1=FLAGS.top1)
+        else:
+            problems = exporting.tflite(
+                final,
+                path,
+                data,
+                seed=FLAGS.seed,
+                int4=FLAGS.int4,
+                tolerance=FLAGS.tolerance,
+                top1=FLAGS.top1,
+            )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
     if problems:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+import numpy as np
+
 import fliqs_tf
 from binaries import data as datasets
 
@@ -42,6 +44,49 @@ def tflite(
         for agreement in trained:
             print(f"  {agreement}")
     return [str(a) for a in exact if a.kernels == "XNNPACK" and not a.within(tolerance, top1)]
+
+
+def packed(final, path: pathlib.Path, data):
+    """Writes a packed file, and compares what it restores with the model on the test split. Returns as `tflite`."""
+    fliqs_tf.export.packed(final, path)
+    again = fliqs_tf.export.load_packed(path)
+    test = list(datasets.eval_batches(data, "test", 250))
+    equal = all(np.array_equal(final(x, training=False), again(x, training=False)) for x, _ in test)
+    print(
+        f"Packed: {path}, {path.stat().st_size:,} bytes; {fliqs_tf.costs.memory(final) * 2**20:,.0f} of them weights."
+    )
+    print(f"The restored model gives {'the same outputs, to the bit.' if equal else 'other outputs.'}")
+    return [] if equal else ["The restored model gives other outputs."]
+
+
+def onnx(final, path: pathlib.Path, data, *, top1: float = 0.995):
+    """Writes an ONNX file, and compares onnxruntime with the model on the test split. Returns as `tflite`."""
+    fliqs_tf.export.onnx(final, path)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("Running ONNX files needs onnxruntime: pip install 'fliqs-tf[onnx]'.") from error
+    print(f"ONNX: {path}, {path.stat().st_size:,} bytes.")
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no class of their own
+        reason = " ".join(str(error).split())[:200]
+        return [f"onnxruntime {onnxruntime.__version__} does not run the file on a CPU: {reason}"]
+    test = list(datasets.eval_batches(data, "test", 250))
+    name = session.get_inputs()[0].name
+    expected = np.concatenate([np.asarray(final(x, training=False)) for x, _ in test])
+    found = np.concatenate([session.run(None, {name: np.asarray(x)})[0] for x, _ in test])
+    labels = np.concatenate([np.asarray(y) for _, y in test]).ravel()
+    guesses, theirs = expected.argmax(axis=-1), found.argmax(axis=-1)
+    agreement = float((guesses == theirs).mean())
+    off = float(np.abs(found - expected).max() / np.abs(expected).max())
+    line = (
+        f"outputs at most {100 * off:.3g} % of the largest apart, top-1 agreement {100 * agreement:.2f} %, accuracy "
+        f"{100 * (theirs == labels).mean():.2f} % (Keras {100 * (guesses == labels).mean():.2f} %), "
+        f"{len(labels)} examples"
+    )
+    print(f"  onnxruntime {onnxruntime.__version__}: {line}")
+    return [] if agreement >= top1 else [line]
 
 
 def has_integer_kernels(recipe: fliqs_tf.Recipe) -> bool:
