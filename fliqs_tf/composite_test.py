@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import fliqs_tf
 from fliqs_tf import costs, normalization, trace, wrapping
-from fliqs_tf._keras import keras
+from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.composite import Composite
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.rounding import fake_quant
@@ -340,3 +340,42 @@ def test_input_shapes_of_subclassed_models():
         wrapping.apply(model, "INT4", input_shape=(20, 20, 3))
     with pytest.raises(ValueError, match="Model 'new' is not built: .*call it on a batch"):
         wrapping.apply(Encoder(name="new"), "INT4")
+
+
+# ---- what Keras 3 alone has
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no grouped queries")
+def test_grouped_queries():
+    inputs = keras.Input((5, 8))
+    outputs = L.GroupQueryAttention(4, 4, 2, name="attention")(inputs, inputs)
+    model = randomized(keras.Model(inputs, outputs))
+    network = wrapping.quantized_network(model, MENU)
+    # 4 heads of queries, 2 of keys and of values, each of width 4.
+    macs = {t.path: t.macs for t in trace.trace(network)}
+    assert macs == {
+        f"attention/{p}": 5 * 8 * 4 * n for p, n in zip(["query", "key", "value", "attention_output"], [4, 2, 2, 4])
+    }
+    np.testing.assert_array_equal(network(data(3, 5, 8)), model(data(3, 5, 8)))
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="keras_hub needs Keras 3")
+def test_a_backbone_of_keras_hub(tmp_path):
+    hub = pytest.importorskip("keras_hub")
+    backbone = hub.models.BertBackbone(20, 1, 2, 8, 16, max_sequence_length=6)
+    model = hub.models.BertMaskedLM(backbone)  # its head holds the embedding that the backbone has too
+    x = {name: tf.ones((2, 6), tf.int32) for name in ("token_ids", "segment_ids", "padding_mask")}
+    x["mask_positions"] = tf.constant([[1, 2], [3, 4]])
+    fixed = wrapping.apply(model, "FP32")
+    np.testing.assert_array_equal(fixed(x), model(x))
+    fixed = wrapping.apply(model, "INT8")
+    np.testing.assert_array_equal(saved_and_loaded(fixed, tmp_path)(x), fixed(x))
+    sizes = {name: tuple(value.shape[1:]) for name, value in x.items()}
+    block = "backbone/transformer_layer_0"
+    assert {t.path: t.macs for t in trace.trace(fixed, sizes)} == {
+        **{f"{block}/self_attention_layer/{p}": 6 * 8 * 8 for p in PROJECTIONS},
+        f"{block}/feedforward_intermediate_dense": 6 * 8 * 16,
+        f"{block}/feedforward_output_dense": 6 * 16 * 8,
+        "backbone/pooled_dense": 8 * 8,  # called, if for nothing
+        "mlm_head/intermediate_dense": 2 * 8 * 8,
+    }
