@@ -21,8 +21,8 @@ BINARIES = [
 EXPORT = ["ai-edge-litert>=2.1", "flatbuffers>=24.3"]
 HUB = ["keras-hub>=0.32"]  # for the model "bert"
 LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
-SAFETENSORS = ["safetensors>=0.4"]
-ONNX = ["onnx>=1.18", "onnxruntime>=1.22"]
+SAFETENSORS = ["safetensors>=0.4.3"]
+ONNX = ["onnx>=1.23", "onnxruntime>=1.31"]  # 1.22 gives other values for INT4 networks
 TESTS = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
