@@ -27,7 +27,7 @@ flags.DEFINE_string("run_dir", None, "Run of search.py or train.py: its model.ke
 flags.DEFINE_enum("format", "tflite", ["tflite", "onnx", "packed"], "What to write.")
 flags.DEFINE_bool("plan", False, "Write nothing; print what --format does with every layer.")
 flags.DEFINE_string("output", None, "The file. Default: model.tflite, model.onnx or model.safetensors in --run_dir.")
-flags.DEFINE_float("tolerance", 1, "tflite: most output steps that a value may be off.", lower_bound=0)
+flags.DEFINE_float("tolerance", 1, "tflite: most output steps that 99.9 % of the values may be off.", lower_bound=0)
 flags.DEFINE_float("top1", 0.995, "tflite, onnx: least share of examples with the same guess.", 0, 1)
 flags.DEFINE_bool(
     "int4", True, "tflite: int4 convolutions: half the size, slower. --noint4: as int8, exact and faster."

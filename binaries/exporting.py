@@ -23,7 +23,7 @@ def tflite(
       data: What `settings.load_data` gave.
       seed: Of the training batches that missing ranges are taken from.
       int4: See `fliqs_tf.export.tflite`.
-      tolerance: Most output steps that a value may be off the Keras model that the file stands for.
+      tolerance: Most output steps that 99.9 % of the values may be off the Keras model that the file stands for.
       top1: Least share of examples with the same guess. Both in LiteRT's default kernels.
 
     Returns:
