@@ -1,17 +1,19 @@
 """Does to searches what machines do, and checks that they end as one that was left alone: bit-identical.
 
-    python binaries/faults.py                       # all, half an hour on 2 cores; the table of docs/reliability.md
+    python binaries/faults.py                       # all; the table of docs/reliability.md
     python binaries/faults.py --kills=2 --only=kill,preemption
 
-The search is that of `binaries/search.py` on the digits with a network of two layers, so that each of the hundred runs
-takes seconds. "The same bits" means: the last checkpoint (weights, optimizer, controller, activation ranges) byte for
-byte, every array of model.keras, and the recipe. What needs a file system of its own needs root.
+The search is that of `binaries/search.py` on the digits with a network of two layers; its processes are forked from
+one that has imported TensorFlow, so that each takes seconds. "The same bits" means: the last checkpoint (weights,
+optimizer, controller, activation ranges) byte for byte, every array of model.keras, and the recipe. What needs a file
+system of its own needs root.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,7 +48,9 @@ def worker(fault: str, at: int, argv: list[str]) -> None:
     from binaries import search
 
     search.settings.build_network = _small_network
-    search._uniform_formats = lambda model: []  # only the search is of interest
+    # Only the search is of interest.
+    search._uniform_formats = lambda model: []
+    search.settings.test_scores = lambda model, data: {"accuracy": 0.0}
     search.report.write_report = lambda path: None
     make = search.fliqs_tf.SearchModel._new_controller
     # Compiling it takes longer than the run.
@@ -170,10 +175,12 @@ class Trial:
     def __init__(self, path: pathlib.Path):
         self.path = path
 
-    def start(self, *flags, fault: str = "none", at: int = 0, resume: bool = False, **environment) -> subprocess.Popen:
+    def start(self, *flags, fault: str = "none", at: int = 0, resume: bool = False, **environment):
         """Starts the search."""
-        command = [sys.executable, __file__, "worker", fault, str(at), f"--run_dir={self.path}", *FLAGS, *flags]
-        command += ["--resume"] if resume else []
+        flags = [f"--run_dir={self.path}", *FLAGS, *flags, *(["--resume"] if resume else [])]
+        if not environment:
+            return Forked(lambda: worker(fault, at, flags))
+        command = [sys.executable, __file__, "worker", fault, str(at), *flags]
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -204,7 +211,61 @@ class Trial:
         return found
 
 
-def finished(process: subprocess.Popen) -> tuple[int, str]:
+class Forked:
+    """A process forked from this one; what it has in common with `subprocess.Popen`."""
+
+    def __init__(self, run):
+        self.returncode = None
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this object
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        for stream in (1, 2):
+            os.dup2(self._output.fileno(), stream)
+        status = 1
+        try:
+            run()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def poll(self):
+        """Its status, None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def kill(self):
+        """SIGKILL."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def terminate(self):
+        """SIGTERM."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def communicate(self, timeout=None):
+        """Waits for its end, and gives its output."""
+        deadline = time.monotonic() + (timeout or 1e9)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("search", timeout)
+            time.sleep(0.01)
+        self._output.seek(0)
+        return self._output.read(), None
+
+
+def finished(process) -> tuple[int, str]:
     """Status and output of a process; a hung one is an error."""
     try:
         output, _ = process.communicate(timeout=SECONDS)
@@ -227,6 +288,8 @@ class Faults:
     def __init__(self, directory: pathlib.Path, seed: int):
         self.directory, self.random = directory, random.Random(seed)
         self.count = 0
+        sys.path.insert(0, str(ROOT))
+        importlib.import_module("binaries.search")  # not more than import: no device is in use when processes fork
         begin = time.monotonic()
         reference = self.trial()
         status, output = reference.run()
@@ -259,26 +322,41 @@ class Faults:
     def kill(self, kills: int):
         """SIGKILL at random moments, and inside of checkpoint writes."""
         inside = WRITES[: max(1, kills * 3 // 10)]
-        steps, same = [], 0
-        while len(steps) < kills - len(inside):
-            trial = self.trial()
-            process = trial.start()
-            time.sleep(self.random.uniform(0.02, 1.0) * self.seconds)
-            if process.poll() is not None:  # it was done already: no kill
+        every, same = [], 0
+        while len(every) < kills - len(inside):
+            # Killed again and again until it comes to its end.
+            trial, steps = self.trial(), []
+            while len(every) + len(steps) < kills - len(inside):
+                began = (trial.path / "flags.json").exists()
+                if not began:
+                    shutil.rmtree(trial.path, ignore_errors=True)
+                process = trial.start(resume=began)
+                self._wait(trial, process)
+                if process.poll() is not None:  # it was done already: no kill
+                    break
+                process.kill()
                 finished(process)
-                continue
-            process.kill()
-            finished(process)
-            steps.append(trial.checkpoint_step())
-            same += self.same(trial)
-            print(f"killed with a checkpoint of step {steps[-1]}: {same} of {len(steps)} the same", flush=True)
-        yield f"SIGKILL at {len(steps)} random moments", f"newest checkpoints: {_spread(steps)}", same, len(steps)
+                steps.append(trial.checkpoint_step())
+            every += steps
+            same += len(steps) * (bool(steps) and self.same(trial))
+            print(f"killed with checkpoints of steps {_spread(steps)}: {same} of {len(every)} the same", flush=True)
+        yield "SIGKILL at random moments", f"newest checkpoints then: {_spread(every)}", same, len(every)
         same = 0
         for moment, number in inside:
             trial = self.trial()
             status, _ = trial.run(fault=moment, at=number)
             same += status == -signal.SIGKILL and self.same(trial)
         yield "SIGKILL inside a checkpoint write", ", ".join(sorted({m for m, _ in inside})), same, len(inside)
+
+    def _wait(self, trial, process):
+        """Until a random moment: of the whole run, or, as most of it is start-up, soon after a random checkpoint."""
+        if self.random.random() < 0.3:
+            time.sleep(self.random.uniform(0, 1) * self.seconds)
+            return
+        step = self.random.randrange(trial.checkpoint_step(), STEPS + 1)
+        while trial.checkpoint_step() < step and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(self.random.uniform(0, 0.5))
 
     def preemption(self, kills: int):
         """SIGTERM while it trains."""

@@ -1,6 +1,10 @@
 """The ImageNet stream on a prepared data set of random images, as TensorFlow Datasets stores it."""
 
 import itertools
+import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,3 +132,17 @@ def test_augmentation_is_a_function_of_its_seed():
 def test_a_data_set_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="imagenet2012 is not prepared in .*image-net.org"):
         datasets.load("imagenet2012", str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_the_flagfiles_run(directory, tmp_path, name):
+    flags = [f"--flagfile=binaries/flags/imagenet_{name}.flags", f"--data_dir={directory}", f"--run_dir={tmp_path}/run"]
+    small = ["--image_size=32", "--batch_size=8", "--holdout=0.2", "--epochs=1", "--quality_every=2"]
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, root / "binaries" / "search.py", *flags, *small]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["steps"] == 4 and recipe["flags"]["batch_size"] == 8
+    assert abs(recipe["cost"] / recipe["target_cost"] - 1) < 0.05

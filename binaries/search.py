@@ -10,7 +10,6 @@ report.html.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import pathlib
 import sys
@@ -18,15 +17,14 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from absl import app, flags
 
 import fliqs_tf
 from binaries import data as datasets
-from binaries import devices, exporting, settings, tables
-from binaries.preemption import STATUS, Preemption
+from binaries import devices, exporting, loop, settings, tables
+from binaries.preemption import Preemption
 from binaries.run_dir import RunDir, versions
-from fliqs_tf import checkpoints, fitting, replicas, report, targets
+from fliqs_tf import fitting, replicas, report, targets
 from fliqs_tf.files import read_json, replacing, write_json
 
 FLAGS = flags.FLAGS
@@ -157,32 +155,9 @@ def _rules() -> list[fliqs_tf.Rule]:
     return rules
 
 
-def train(
-    model, data, run: RunDir | None, directory: pathlib.Path, preemption: Preemption, steps_per_epoch: int, total: int
-) -> None:
-    """Fits to the end, from the newest checkpoint in `directory` if there is one. `run`: None but on the chief."""
+def train(model, data, run: RunDir | None, directory: pathlib.Path, preemption, steps_per_epoch: int, total: int):
+    """Searches to the end, from the newest checkpoint in `directory` if there is one. `run`: None but on the chief."""
     strategy = model.distribute_strategy
-    start = _restored(model, run, directory, total) if FLAGS.resume else 0
-    callbacks = [
-        fliqs_tf.SearchCheckpoint(
-            directory,
-            FLAGS.checkpoint_every_steps,
-            FLAGS.keep_checkpoints,
-            every_minutes=FLAGS.checkpoint_every_minutes,
-            preempted=preemption,
-            write=run is not None,
-        ),
-    ]
-    if run is not None:
-        callbacks += [fliqs_tf.SearchLog(run.path), tables.ProgressBar(total, start)]
-
-    def batches(begin, end):
-        return devices.distributed(
-            strategy,
-            lambda share: datasets.train_batches(
-                data, batch_size=FLAGS.batch_size, seed=FLAGS.seed, start_step=begin, total_steps=end, share=share
-            ),
-        )
 
     def held_out(readings):
         return devices.distributed(
@@ -193,51 +168,18 @@ def train(
         )
 
     # The first batches of the run, wherever this process took it up.
-    first_batches = batches(0, min(total, fitting.ESTIMATION_BATCHES))
-    preemption.training()
-    # The first epoch may be one that the run before left half done.
-    boundaries = [start, -(-start // steps_per_epoch) * steps_per_epoch, total]
-    for begin, end in itertools.pairwise(boundaries):
-        if begin == end:
-            continue
-        epoch, steps = begin // steps_per_epoch, min(steps_per_epoch, end - begin)
-        try:
-            model.fit(
-                batches(begin, end),
-                epochs=epoch + (end - begin) // steps,
-                initial_epoch=epoch,
-                steps_per_epoch=steps,
-                # Readings so far decide where in the held-out data the next one is.
-                quality_data=held_out(begin // FLAGS.quality_every) if FLAGS.quality_data == "held_out" else None,
-                calibration_data=first_batches,
-                callbacks=callbacks,
-                shuffle=False,
-                verbose=0,
-            )
-        except FloatingPointError as error:
-            sys.exit(f"{error}\nThe last good checkpoint is in {directory}.")
-        except fliqs_tf.Preempted as stop:
-            print(f"{stop} Go on by --resume.", flush=True)
-            # At once: the machine is about to go, and other workers may be gone.
-            os._exit(STATUS)
-    preemption.done()
+    first_batches = loop.batches(strategy, data, 0, min(total, fitting.ESTIMATION_BATCHES))
+
+    def options(begin):
+        # Readings so far decide where in the held-out data the next one is.
+        readings = begin // FLAGS.quality_every
+        quality_data = held_out(readings) if FLAGS.quality_data == "held_out" else None
+        return {"quality_data": quality_data, "calibration_data": first_batches}
+
+    callbacks = [] if run is None else [fliqs_tf.SearchLog(run.path)]
+    start = loop.train(model, data, run, directory, preemption, steps_per_epoch, total, callbacks, options)
     if start == total:  # the run before ended between its last checkpoint and its results
         fitting.reestimate(model, first_batches)
-
-
-def _restored(model, run: RunDir | None, directory: pathlib.Path, total: int) -> int:
-    """Restores the newest checkpoint, and returns its step, 0 without one. The workers have theirs from the first."""
-    start, workers = 0, replicas.Workers(model.distribute_strategy)
-    if run is not None:
-        try:
-            start = checkpoints.restore_newest(directory, model) or 0
-        except ValueError as error:
-            sys.exit(str(error))
-        run.keep_metrics_until(start)
-        print(f"Going on from step {start} of {total}.", flush=True)
-    start = int(workers.first(np.array(start)))
-    checkpoints.take_from_first(model, workers)
-    return start
 
 
 def summarize(model, data, total: int) -> dict:

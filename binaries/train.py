@@ -7,6 +7,7 @@ python binaries/train.py --recipe=runs/digits_resnet8_search/recipe.json
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
@@ -15,13 +16,14 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import tensorflow as tf
 from absl import app, flags
 
 import fliqs_tf
-from binaries import data as datasets
-from binaries import settings, tables
+from binaries import devices, loop, settings, tables
+from binaries.preemption import Preemption
 from binaries.run_dir import RunDir, versions
-from fliqs_tf import checkpoints
+from fliqs_tf import replicas
 from fliqs_tf._keras import keras
 from fliqs_tf.files import replacing, write_json
 
@@ -35,25 +37,37 @@ flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
+    preemption = Preemption()
+    strategy = devices.strategy()
     settings.set_up_process()
     data = settings.load_data()
-    network = settings.build_network(data)
-    name, model = formatted(network)
+    devices.check_batch_size(strategy, FLAGS.batch_size)
     examples = data.examples("train")
     steps_per_epoch = examples // FLAGS.batch_size
     if steps_per_epoch == 0:
         sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
     total = steps_per_epoch * FLAGS.epochs
-    run = RunDir(
-        FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_{name.replace('uniform ', '')}",
-        resume=FLAGS.resume,
-        overwrite=FLAGS.overwrite,
-    )
-    with run.explained():
-        write_json(run / "flags.json", settings.flag_values())
-        model.compile(settings.optimizer(total), settings.loss(), metrics=["accuracy"], jit_compile=False)
-        fit(model, data, run, steps_per_epoch, total)
-        finish(name, model, data, run, total)
+    with strategy.scope():
+        name, model = formatted(settings.build_network(data))
+        model.compile(
+            settings.optimizer(total),
+            settings.loss(),
+            metrics=["accuracy"],
+            jit_compile=False,
+            steps_per_execution=FLAGS.steps_per_execution,
+        )
+    path = FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_{name.replace('uniform ', '')}"
+    # Of several workers the first one alone writes.
+    run = RunDir(path, resume=FLAGS.resume, overwrite=FLAGS.overwrite) if devices.is_chief(strategy) else None
+    with run.explained() if run else contextlib.nullcontext():
+        if run:
+            write_json(run / "flags.json", settings.flag_values())
+        directory = pathlib.Path(path) / "checkpoints"
+        loop.train(model, data, run, directory, preemption, steps_per_epoch, total, [_Finite()])
+        model = _plain(model)
+        if run:
+            finish(name, model, data, run, total)
+    replicas.Workers(strategy).any(False)
 
 
 def finish(name: str, model, data, run: RunDir, total: int) -> None:
@@ -87,49 +101,24 @@ def formatted(network) -> tuple[str, keras.Model]:
         sys.exit(str(error))
 
 
-def fit(model, data, run: RunDir, steps_per_epoch: int, total: int) -> None:
-    """Fits to the end; training that is not a search resumes at epochs."""
-    done = 0
-    if FLAGS.resume:
-        try:
-            done = (checkpoints.restore_newest(run / "checkpoints", model) or 0) // steps_per_epoch
-        except ValueError as error:
-            sys.exit(str(error))
-        print(f"Going on after epoch {done} of {FLAGS.epochs}.")
-    if done == FLAGS.epochs:
-        return
-    every = max(1, FLAGS.checkpoint_every_steps // steps_per_epoch)
+class _Finite(keras.callbacks.Callback):
+    """Stops at the first loss that is not finite."""
 
-    def save(epoch, logs):
-        whole = math.isfinite(logs["loss"])  # not over a good one
-        if whole and ((epoch + 1) % every == 0 or epoch + 1 == FLAGS.epochs):
-            checkpoints.save(run / "checkpoints", model, (epoch + 1) * steps_per_epoch)
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            step = int(tf.convert_to_tensor(self.model.optimizer.iterations)) - 1  # counted from 0
+            raise FloatingPointError(
+                f"The loss became NaN or infinite at step {step}. Lower --learning_rate, or look at the data."
+            )
 
-    history = model.fit(
-        datasets.train_batches(
-            data,
-            batch_size=FLAGS.batch_size,
-            seed=FLAGS.seed,
-            start_step=done * steps_per_epoch,
-            total_steps=total,
-        ),
-        epochs=FLAGS.epochs,
-        initial_epoch=done,
-        steps_per_epoch=steps_per_epoch,
-        callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_end=save),
-            keras.callbacks.TerminateOnNaN(),
-            tables.ProgressBar(total, done * steps_per_epoch),
-        ],
-        shuffle=False,
-        verbose=0,
-    )
-    if not math.isfinite(history.history["loss"][-1]):
-        step = int(model.optimizer.iterations) - 1  # counted from 0
-        sys.exit(
-            f"The loss became NaN or infinite at step {step}. Lower --learning_rate, or look at the data. The last "
-            f"good checkpoint is in {run / 'checkpoints'}."
-        )
+
+def _plain(model) -> keras.Model:
+    """The model, or of one that belongs to a strategy a copy that does not."""
+    if model.distribute_strategy.num_replicas_in_sync == 1:
+        return model
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 if __name__ == "__main__":

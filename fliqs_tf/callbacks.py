@@ -122,7 +122,7 @@ _AGREE_EVERY = 16
 
 
 class SearchCheckpoint(keras.callbacks.Callback):
-    """Saves the whole state of a search every few steps or minutes, see `checkpoints.save`.
+    """Saves the whole state of a search, or of any training, every few steps or minutes, see `checkpoints.save`.
 
     A state that is not finite is not saved: it would push out good ones.
 
@@ -154,7 +154,9 @@ class SearchCheckpoint(keras.callbacks.Callback):
         self.every_minutes, self.preempted, self.write = every_minutes, preempted, write
 
     def on_train_begin(self, logs=None):
-        self.step = self.saved = int(tf.convert_to_tensor(self.model.controller.step))
+        controller = getattr(self.model, "controller", None)
+        done = self.model.optimizer.iterations if controller is None else controller.step
+        self.step = self.saved = int(tf.convert_to_tensor(done))
         self.workers = replicas.Workers(self.model.distribute_strategy)
         self.saved_at = time.monotonic()
 
@@ -181,7 +183,8 @@ class SearchCheckpoint(keras.callbacks.Callback):
 
     def _save(self):
         finite = (np.isfinite(np.array(tf.convert_to_tensor(v))).all() for v in self.model.trainable_variables)
-        if int(tf.convert_to_tensor(self.model.bad_step)) >= 0 or not all(finite):
+        bad_step = getattr(self.model, "bad_step", -1)
+        if int(tf.convert_to_tensor(bad_step)) >= 0 or not all(finite):
             return
         checkpoints.save(self.directory, self.model, self.step, keep=self.keep, write=self.write)
         self.saved, self.saved_at = self.step, time.monotonic()
