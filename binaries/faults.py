@@ -146,24 +146,21 @@ def _spoil_data(step: int) -> None:
 
 
 def _spoil_gradient(step: int) -> None:
-    import tensorflow as tf
+    """What a NaN gradient does: after the step all weights are NaN, though its loss was finite.
 
-    from binaries import search
+    The gradient itself is left alone. To add to it changes the graph, and with it the last bits of the steps before.
+    """
+    from fliqs_tf import callbacks
 
-    make = search.settings.optimizer
+    after_step = callbacks.SearchCheckpoint.on_train_batch_end
 
-    def spoiled(total):
-        optimizer = make(total)
-        apply = optimizer.apply_gradients
+    def spoiled(self, batch, logs=None):
+        if self.step + batch - self.last_batch == step + 1:
+            for variable in self.model.trainable_variables:
+                variable.assign(variable * float("nan"))
+        after_step(self, batch, logs)
 
-        def apply_gradients(pairs, **kwargs):
-            bad = tf.equal(tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.int64), step)
-            return apply([(g + tf.where(bad, float("nan"), 0.0), v) for g, v in pairs], **kwargs)
-
-        optimizer.apply_gradients = apply_gradients
-        return optimizer
-
-    search.settings.optimizer = spoiled
+    callbacks.SearchCheckpoint.on_train_batch_end = spoiled
 
 
 # ---- what drives it
