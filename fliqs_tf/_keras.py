@@ -79,11 +79,8 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
 
 
 def only_shapes() -> bool:
-    """True while tf_keras calls a layer only to learn the shape of its output, in a graph that it throws away.
-
-    Keras 3 asks the layer's `compute_output_shape` instead.
-    """
-    return not IS_KERAS_3 and getattr(tf.compat.v1.get_default_graph(), "name", "").endswith("_scratch_graph")
+    """True while Keras calls a layer only to learn the shape of its output, in a graph that it throws away."""
+    return "scratch_graph" in getattr(tf.compat.v1.get_default_graph(), "name", "")
 
 
 def float_value(variable) -> tf.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-from fliqs_tf._keras import attributes, keras, map_shapes, recorded_input_specs, weights_of_attributes
+from fliqs_tf._keras import attributes, keras, map_shapes, only_shapes, recorded_input_specs, weights_of_attributes
 
 _LAYERS = keras.layers
 # Their layers run in loops, or with weights that are not their own: what they compute cannot be read off their calls.
@@ -269,7 +269,7 @@ def _recording(layers):
             # Shapes are those of the layer inside; tracing its quantizers would take most of the time.
             outputs = call(inputs, *args, **kwargs) if inside(layer) is layer else inside(layer).call(inputs)
             # A Sequential model of tf_keras may make its graph anew, symbolically, while it is called.
-            if not tf.compat.v1.get_default_graph().name.endswith("scratch_graph"):
+            if not only_shapes():
                 calls[id(layer)].append((_shape(inputs), _shape(outputs)))
             return outputs
 
