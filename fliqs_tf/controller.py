@@ -415,7 +415,10 @@ class Controller(keras.layers.Layer):
 
     def _check_configured(self) -> None:
         if self._expected_cost is None:
-            raise RuntimeError("The controller knows no cost and no target yet: call configure() (or compile) first.")
+            raise RuntimeError(
+                "The controller knows no cost and no target yet. fit() of a search model tells it. Before "
+                "train_on_batch call the model's configure_controller(total_steps), without a network configure()."
+            )
 
     def _check_critic(self) -> None:
         if self.estimator != "critic":

@@ -25,16 +25,20 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
     if isinstance(x, tf.data.Dataset):
         arguments.setdefault("shuffle", False)  # Keras 3 warns that a data set does not follow its default
+    batch_size = arguments.get("batch_size") or 32
+    batches = None
+    if quality_data is not None:
+        batches = _endless(_as_dataset(quality_data, batch_size), model.distribute_strategy)
     start = int(tf.convert_to_tensor(model.controller.step))
     total = _total_steps(model, arguments, start)
     model.configure_controller(total, held_out=quality_data is not None)
     _create_variables(model, arguments)
-    batch_size = arguments.get("batch_size") or 32
-    batches = None if quality_data is None else _endless(quality_data, batch_size, model.distribute_strategy)
     loop = _SearchLoop(model, start, batches)
     arguments["callbacks"] = [loop, *_as_list(arguments.get("callbacks"))]
     model.__dict__["_training_inputs"] = (x, batch_size)
     history = keras_fit(**arguments)
+    if model.stop_training:
+        loop.decide()  # a callback has ended the search early
     model.use_sample()
     if model.stop_training or int(tf.convert_to_tensor(model.controller.step)) >= total:
         # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
@@ -135,9 +139,7 @@ class _SearchLoop(keras.callbacks.Callback):
         if self.decided:
             return
         if self.step >= controller.decided_at():
-            controller.decide(self.workers.first)
-            self.search_model.use_sample()
-            self.decided = True
+            self.decide()
         elif self.batches is not None:
             # With steps_per_execution several may be due.
             every = search["every"]
@@ -146,6 +148,22 @@ class _SearchLoop(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._check_finite()
+
+    def decide(self):
+        """Takes the decision, once."""
+        if self.decided:
+            return
+        search, controller = self.search_model._search, self.search_model.controller
+        if self.batches is not None and self.step < search["every"]:
+            _LOG.warning(
+                "The formats are decided after %d steps without one reading of quality_data, which happens every %d "
+                "steps (quality_every): only their cost was known.",
+                self.step,
+                search["every"],
+            )
+        controller.decide(self.workers.first)
+        self.search_model.use_sample()
+        self.decided = True
 
     def _read(self, step: int):
         data = next(self.batches)
@@ -183,16 +201,32 @@ def _learn(model):
     return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
 
 
-def _endless(quality_data, batch_size: int, strategy: tf.distribute.Strategy):
+def _as_dataset(quality_data, batch_size: int):
+    """Batches of quality data, from arrays too.
+
+    Raises:
+      TypeError: Neither a dataset nor arrays.
+    """
+    if isinstance(quality_data, (tf.data.Dataset, tf.distribute.DistributedDataset)):
+        return quality_data
+    if not isinstance(quality_data, (tuple, list)) or not all(
+        hasattr(a, "shape") for a in tf.nest.flatten(quality_data)
+    ):
+        raise TypeError(
+            f"quality_data must be a tf.data.Dataset of batches or (inputs, labels) arrays, got "
+            f"{type(quality_data).__name__}. For a generator: tf.data.Dataset.from_generator."
+        )
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return tf.data.Dataset.from_tensor_slices(tuple(quality_data)).batch(batch_size).with_options(options)
+
+
+def _endless(dataset, strategy: tf.distribute.Strategy):
     """Batches of quality data, over and over, each shared by the replicas."""
-    if isinstance(quality_data, tf.distribute.DistributedDataset):
+    if isinstance(dataset, tf.distribute.DistributedDataset):
         while True:  # each worker has its own share: how it is repeated is the caller's
-            yield from quality_data
-    if not isinstance(quality_data, tf.data.Dataset):
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        quality_data = tf.data.Dataset.from_tensor_slices(tuple(quality_data)).batch(batch_size).with_options(options)
-    dataset = _whole_batches(quality_data).repeat()
+            yield from dataset
+    dataset = _whole_batches(dataset).repeat()
     if strategy.num_replicas_in_sync > 1:
         dataset = strategy.experimental_distribute_dataset(dataset)
     yield from dataset

@@ -337,8 +337,13 @@ class SearchModel(keras.Model):
             )
         return fitting.fit(self, super().fit, x, y, args, kwargs, quality_data, calibration_data)
 
-    def configure_controller(self, total_steps: int, held_out: bool) -> None:
-        """Tells the controller what it optimizes. `fit` calls it; a loop of your own must, once."""
+    def configure_controller(self, total_steps: int, held_out: bool = False) -> None:
+        """Tells the controller what it optimizes. `fit` calls it; a loop of your own must, once.
+
+        Args:
+          total_steps: Training steps of the search.
+          held_out: True if readings come from `read_quality` and `learn`; else each training batch is a reading.
+        """
         search = self._search
         search["held_out"] = held_out
         self.controller.configure(

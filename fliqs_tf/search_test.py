@@ -262,3 +262,33 @@ def test_foreign_recipe():
     qmodel = compiled()
     with pytest.raises(ValueError, match=r"no format for 'conv', 'hidden', 'logits'; unknown 'conv7'"):
         qmodel.deploy(fliqs_tf.Recipe({"conv7": "INT4"}))
+
+
+def test_a_callback_that_ends_the_search_early_ends_it_with_a_decision_at_the_target(caplog):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 0
+
+    qmodel = compiled(search_steps=1000, target_cost="0.5x INT8")
+    with caplog.at_level("WARNING", logger="fliqs_tf"):
+        qmodel.fit(
+            IMAGES, LABELS, batch_size=32, epochs=3, verbose=0, callbacks=[Stop()], quality_data=(IMAGES, LABELS)
+        )
+    assert bool(tf.convert_to_tensor(qmodel.controller.decided))
+    assert float(qmodel.controller.entropy()) < 1e-3
+    assert "after 4 steps without one reading" in caplog.text
+
+
+@pytest.mark.parametrize("data", [iter([]), "digits", IMAGES])
+def test_quality_data_of_a_kind_that_does_not_work(data):
+    with pytest.raises(TypeError, match="quality_data must be a tf.data.Dataset of batches"):
+        compiled().fit(IMAGES, LABELS, verbose=0, quality_data=data)
+
+
+def test_training_on_batches_needs_to_know_how_many():
+    qmodel = compiled()
+    with pytest.raises(RuntimeError, match="configure_controller"):
+        qmodel.train_on_batch(IMAGES[:8], LABELS[:8])
+    qmodel.configure_controller(10)
+    qmodel.train_on_batch(IMAGES[:8], LABELS[:8])
+    assert int(tf.convert_to_tensor(qmodel.controller.step)) == 1
