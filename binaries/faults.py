@@ -51,6 +51,7 @@ def worker(fault: str, at: int, argv: list[str]) -> None:
     # Only the search is of interest.
     search._uniform_formats = lambda model: []
     search.settings.test_scores = lambda model, data: {"accuracy": 0.0}
+    search.exporting.has_integer_kernels = lambda recipe: False
     search.report.write_report = lambda path: None
     make = search.fliqs_tf.SearchModel._new_controller
     # Compiling it takes longer than the run.
