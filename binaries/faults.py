@@ -504,6 +504,7 @@ def main() -> None:
         faults = Faults(pathlib.Path(directory), arguments.seed)
         for name in arguments.only.split(","):
             for fault, did, same, times in getattr(faults, name)(arguments.kills):
+                did = did.replace(directory, "RUNS")
                 rows.append((fault, did, int(same), times))
                 print(f"| {fault} | {did} | {int(same)} of {times} |", flush=True)
     print("\n| fault | what happened | resumed to the same bits |\n|---|---|---|")
