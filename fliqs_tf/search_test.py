@@ -286,9 +286,9 @@ def test_quality_data_of_a_kind_that_does_not_work(data):
 
 
 def test_training_on_batches_needs_to_know_how_many():
-    qmodel = compiled()
     with pytest.raises(RuntimeError, match="configure_controller"):
-        qmodel.train_on_batch(IMAGES[:8], LABELS[:8])
+        compiled().train_on_batch(IMAGES[:8], LABELS[:8])
+    qmodel = compiled()
     qmodel.configure_controller(10)
     qmodel.train_on_batch(IMAGES[:8], LABELS[:8])
     assert int(tf.convert_to_tensor(qmodel.controller.step)) == 1
