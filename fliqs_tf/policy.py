@@ -41,8 +41,9 @@ def draw(probabilities: tf.Tensor, seed: tf.Tensor, k: int = 1) -> tf.Tensor:
     """Draws k samples that differ as much as they can, each of them an ordinary draw on its own.
 
     Decision d takes the option at u = frac(offset_d + rank_d / k) of its cumulative probabilities, with a random
-    offset and a random order of the ranks 0..k-1 per decision: an option of probability p is drawn floor(k p) or
-    ceil(k p) times among the k (a Latin hypercube).
+    offset and, per decision, ranks 0..k-1 of which the first sample has 0 and the others the rest in random order: an
+    option of probability p is drawn floor(k p) or ceil(k p) times among the k (a Latin hypercube). The first sample is
+    the one that the same seed gives for k = 1.
 
     Args:
       probabilities: float32 [D, N].
@@ -54,11 +55,11 @@ def draw(probabilities: tf.Tensor, seed: tf.Tensor, k: int = 1) -> tf.Tensor:
       int32 [k, D].
     """
     decisions, options = probabilities.shape
-    uniform = tf.random.stateless_uniform([k + 1, decisions], seed)
-    order = uniform[1:]
+    offset = tf.random.stateless_uniform([decisions], seed)
+    order = tf.random.stateless_uniform([k, decisions], tf.random.experimental.stateless_fold_in(seed, 1))
     # Rank by counting: k is small, and it compiles everywhere.
     rank = tf.reduce_sum(tf.cast(order[:, None] > order[None], tf.float32), axis=1)
-    u = tf.math.floormod(uniform[0] + rank / k, 1.0)
+    u = tf.math.floormod(offset + tf.math.floormod(rank - rank[:1], float(k)) / k, 1.0)
     cumulative = tf.cumsum(probabilities, axis=1)
     # Times the last sum, which rounding leaves a little off 1: u stays below it.
     below = u[..., None] * cumulative[:, -1:] >= cumulative

@@ -65,6 +65,15 @@ def test_draw_has_the_right_marginals_in_every_row():
     assert abs(np.corrcoef(draws[:, 0, 0] == 2, draws[:, 0, 1] == 0)[0, 1]) < 0.1
 
 
+def test_the_first_sample_is_the_one_that_is_drawn_alone():
+    """So a reading begins with the sample that the weights were just trained with."""
+    p = tf.constant(np.tile([[0.2, 0.5, 0.3]], [50, 1]), tf.float32)
+    for seed in ([0, 1], [7, 3]):
+        alone = policy.draw(p, tf.constant(seed), 1)
+        for k in (2, 4, 5):
+            np.testing.assert_array_equal(policy.draw(p, tf.constant(seed), k)[0], alone[0])
+
+
 def test_draw_spreads_the_samples():
     """An option of probability p is drawn floor(k p) or ceil(k p) times."""
     p = tf.constant([[0.25, 0.75, 0.0], [0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]])
