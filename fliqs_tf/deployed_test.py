@@ -52,7 +52,7 @@ def channels(seed=0):
 def test_weights_are_values_times_scale_and_come_back_to_the_bit(fmt):
     weight = channels()
     quantizer, expected = quantize(weight, fmt)
-    found = deployed._quantized("w", quantizer, tf.constant(weight))
+    found = deployed.quantized_weight("w", quantizer, tf.constant(weight))
     scale = np.ones((1, 40), np.float32) if found.scale is None else found.scale
     assert scale.shape == (1, 40) and found.values.dtype == scale.dtype == np.float32
     np.testing.assert_array_equal(found.values * scale, expected)
@@ -62,7 +62,7 @@ def test_weights_are_values_times_scale_and_come_back_to_the_bit(fmt):
     assert restored.dtype == np.float32
     _, again = quantize(restored, fmt)
     np.testing.assert_array_equal(again.view(np.int32), expected.view(np.int32))
-    np.testing.assert_array_equal(deployed._quantized("w", quantizer, tf.constant(restored)).values, found.values)
+    np.testing.assert_array_equal(deployed.quantized_weight("w", quantizer, tf.constant(restored)).values, found.values)
 
 
 @given(st.sampled_from(SCALED), st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8))
@@ -70,7 +70,7 @@ def test_weights_are_values_times_scale_and_come_back_to_the_bit(fmt):
 def test_any_weights_come_back_to_the_bit(fmt, weight):
     weight = np.array(weight, np.float32)[:, None]
     quantizer, expected = quantize(weight, fmt)
-    restored = deployed.weights_of(deployed._quantized("w", quantizer, tf.constant(weight)))
+    restored = deployed.weights_of(deployed.quantized_weight("w", quantizer, tf.constant(weight)))
     np.testing.assert_array_equal(quantize(restored, fmt)[1], expected)
 
 
@@ -115,7 +115,7 @@ def test_the_scale_is_the_kernels():
 def test_not_finite_weights_are_refused():
     quantizer = WeightQuantizer(["INT8"])
     with pytest.raises(ValueError, match="'fc/kernel' has NaN or infinite entries in INT8"):
-        deployed._quantized("fc/kernel", quantizer, tf.constant([[1.0, np.inf]]))
+        deployed.quantized_weight("fc/kernel", quantizer, tf.constant([[1.0, np.inf]]))
 
 
 # ---- models
