@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -276,7 +277,9 @@ def target(text: str | float, model_cost: Callable[[str], float], unit: str, rea
             value *= model_cost(Format(match[2]).name)
     low, high = reachable
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real) or not abs(value) <= _LARGEST:
-        raise ValueError(f"target_cost must be a number in {unit} or a text such as '0.25x INT8', got {text!r}.")
+        raise ValueError(
+            f"target_cost must be a number in {unit} or a text such as '0.25x INT8', got {reprlib.repr(text)}."
+        )
     slack = 1e-6 * high
     if not low - slack <= value <= high + slack:
         given = f" ({text!r})" if isinstance(text, str) else ""
