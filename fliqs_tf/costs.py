@@ -42,6 +42,7 @@ class Site:
       weights: Kernel entries.
       weight_formats, activation_formats: Menus as names; ("FP32",) for what stays in float.
       weight_decision, activation_decision: Names of the decisions; None for what stays in float.
+      is_table: True for an embedding, of which only the weights count.
     """
 
     path: str
@@ -51,26 +52,36 @@ class Site:
     activation_formats: tuple[str, ...] = (FLOAT.name,)
     weight_decision: str | None = None
     activation_decision: str | None = None
+    is_table: bool = False
 
 
-def sites(model, input_shape=None) -> list[Site]:
+def sites(model, input_shape=None, named=()) -> list[Site]:
     """The layers of a model that a cost counts, in network order.
 
     Args:
       model: A wrapped, deployed or plain Keras model. In a plain one every quantizable layer is a site that
         may take any format; in a quantized one layers that are not quantized stay in FP32.
-      input_shape: See `trace.trace`.
+      input_shape, named: See `trace.trace`.
     """
     if hasattr(model, "sites"):
         return model.sites
     owners = {id(layer.layer): layer for _, layer in trace.walk(model) if isinstance(layer, Quantized)}
-    return [_site(traced, owners.get(id(traced.layer)), plain=not owners) for traced in trace.trace(model, input_shape)]
+    traced = trace.trace(model, input_shape, named)
+    return [_site(layer, owners.get(id(layer.layer)), plain=not owners) for layer in traced]
 
 
 def _site(traced: trace.TracedLayer, quantized: Quantized | None, plain: bool) -> Site:
     if quantized is None:
         name = traced.path if plain else None
-        return Site(traced.path, traced.macs, traced.weights, weight_decision=name, activation_decision=name)
+        inputs = None if traced.is_table else name
+        return Site(
+            traced.path,
+            traced.macs,
+            traced.weights,
+            weight_decision=name,
+            activation_decision=inputs,
+            is_table=traced.is_table,
+        )
     activations = quantized.activation_quantizer
     return Site(
         traced.path,
@@ -80,6 +91,7 @@ def _site(traced: trace.TracedLayer, quantized: Quantized | None, plain: bool) -
         activations.space.names if activations is not None else (FLOAT.name,),
         quantized.weight_decision,
         quantized.activation_decision if activations is not None else None,
+        traced.is_table,
     )
 
 
@@ -131,7 +143,8 @@ def site_formats(model, formats: Recipe | Format | str | None = None) -> list[tu
     if formats is None and hasattr(model, "recipe"):
         formats = model.recipe()
     name = getattr(model, "name", "")
-    return [(site, *_formats_of(site, formats, name)) for site in sites(model)]
+    named = formats.of_layers() if isinstance(formats, Recipe) else ()
+    return [(site, *_formats_of(site, formats, name)) for site in sites(model, named=named)]
 
 
 def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:

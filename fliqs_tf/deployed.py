@@ -15,7 +15,7 @@ from fliqs_tf import rounding, trace
 from fliqs_tf._keras import check_model, float_value
 from fliqs_tf.formats import Format
 from fliqs_tf.quantized import Quantized
-from fliqs_tf.recipe import Recipe
+from fliqs_tf.recipe import Recipe, add_float_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ def recipe(model) -> Recipe:
     layers = quantized_layers(model)
     in_float = [path for path, _ in trace.quantizable(model)]
     info = {"float_layers": in_float} if in_float else {}
-    kinds = {_kind(layer) for _, layer in layers}
+    # What is chosen for tables says nothing of the kind: they have no input to quantize.
+    kinds = {_kind(layer) for _, layer in layers if not trace.table(layer.quantized_layer)} or {"weights"}
     formats: dict[str, str] = {}
     members: dict[str, list[str]] = {}
     if len(kinds) > 1:  # layers quantized one by one: no recipe of one kind says that
@@ -91,6 +92,8 @@ def recipe(model) -> Recipe:
             formats[decision] = format_of(quantizer).name
             if path not in members.setdefault(decision, []):
                 members[decision].append(path)
+    if kind == "separate":
+        add_float_inputs(formats, members)
     alone = {d: [d.rpartition("/")[0] if kind == "separate" else d] for d in members}
     return Recipe(formats, kind, {d: paths for d, paths in members.items() if paths != alone[d]}, info)
 
@@ -111,7 +114,7 @@ def quantized_weights(path: str, layer: Quantized) -> dict[str, QuantizedWeight]
     Raises:
       ValueError: A weight is NaN or infinite.
     """
-    kernels = trace.kernels(layer.quantized_layer)
+    kernels = trace.kernels_or_table(layer.quantized_layer)
     return {
         kernel.attribute: quantized_weight(
             f"{path}/{kernel.attribute}", quantizer, float_value(getattr(layer.quantized_layer, kernel.attribute))

@@ -174,7 +174,7 @@ def _plain_variables(model) -> dict:
 def _kernels(path: str, layer: Quantized) -> dict:
     """{name: variable} of the weights that a layer quantizes."""
     inner = layer.quantized_layer
-    return {f"{path}/{kernel.attribute}": getattr(inner, kernel.attribute) for kernel in trace.kernels(inner)}
+    return {f"{path}/{kernel.attribute}": getattr(inner, kernel.attribute) for kernel in trace.kernels_or_table(inner)}
 
 
 def _inputs(path: str, layer: Quantized) -> dict:

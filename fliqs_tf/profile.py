@@ -162,6 +162,8 @@ class Profile:
         return costs.Cost(f"memory on {self.name}", "MiB", 2**20, self._size)
 
     def _price(self, site: costs.Site, weights: Format, activations: Format) -> fractions.Fraction:
+        if site.is_table:  # multiplies nothing
+            return fractions.Fraction(0)
         reason = self.why_not(weights, activations)
         if reason:
             raise ValueError(

@@ -16,9 +16,12 @@ from fliqs_tf.space import Space
 class Quantized(keras.layers.Wrapper):
     """Wraps a layer: its kernels and its input are quantized, bias and the rest stay in float.
 
+    Of an Embedding the table is quantized, with a scale per row. Its input are indices: the menu of the input is not
+    used. A step quantizes the rows that it looks up, not the table, which gives the same bits.
+
     Args:
       layer: A layer that `trace.kernels` knows: Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D,
-        Conv2DTranspose or EinsumDense.
+        Conv2DTranspose or EinsumDense; or an Embedding.
       weight_formats: Menu of the kernels, anything that `Space` takes; one format is a fixed one.
       activation_formats: Menu of the input; None leaves it in float.
       weight_decision, activation_decision: Names of the decisions that choose from the menus.
@@ -37,12 +40,14 @@ class Quantized(keras.layers.Wrapper):
         **kwargs,
     ):
         # The layer inside is not called as a layer, which is what would apply it.
-        super().__init__(layer, **{"activity_regularizer": layer.activity_regularizer, **kwargs})
-        kernels = trace.kernels(layer)
+        is_table = bool(trace.table(layer))
+        options = {"autocast": False} if is_table else {}  # 16-bit floats would not hold an index
+        super().__init__(layer, **{"activity_regularizer": layer.activity_regularizer, **options, **kwargs})
+        kernels = trace.kernels_or_table(layer)
         if not kernels:
             raise ValueError(
                 f"Layer {layer.name!r} of class {type(layer).__name__} cannot be quantized; known classes: "
-                f"Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose, EinsumDense."
+                f"Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose, EinsumDense, Embedding."
             )
         self.weight_decision = weight_decision or layer.name
         self.activation_decision = activation_decision or layer.name
@@ -64,7 +69,7 @@ class Quantized(keras.layers.Wrapper):
             for k in kernels
         ]
         self.activation_quantizer = self.middle_quantizer = None
-        if activation_formats is not None:
+        if activation_formats is not None and not is_table:
             follow = (ActivationQuantizer, activation_formats, self.activation_decision)
             self.activation_quantizer = quantizer(*follow, name="input_quantizer")
             if len(kernels) == 2:  # the tensor between the two convolutions of a separable one
@@ -89,6 +94,8 @@ class Quantized(keras.layers.Wrapper):
     def _call(self, inputs, training):
         if only_shapes():
             return self.layer.call(inputs)
+        if trace.table(self.layer):
+            return _looked_up(self.layer, self.weight_quantizers[0], inputs)
         weights = [
             quantizer.call(float_value(getattr(self.layer, kernel.attribute)))
             for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers)
@@ -113,6 +120,9 @@ class Quantized(keras.layers.Wrapper):
         with substituted(self.layer, trace.kernels(self.layer)[0].attribute, weights[0]):
             return self.layer.call(x)
 
+    def compute_mask(self, inputs, mask=None):
+        return self.layer.compute_mask(inputs, mask)
+
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)
 
@@ -131,6 +141,15 @@ class Quantized(keras.layers.Wrapper):
 def quantized_activation(quantizer: ActivationQuantizer, x, training: bool) -> tf.Tensor:
     """An activation of any float dtype, quantized in float32."""
     return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
+
+
+def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:
+    """Quantized rows of an embedding's table."""
+    indices = tf.cast(indices, tf.int32)
+    rows = quantizer.call(tf.gather(float_value(layer.embeddings), tf.reshape(indices, [-1])))
+    rows = tf.reshape(rows, tf.concat([tf.shape(indices), [layer.output_dim]], axis=0))
+    rows.set_shape((*indices.shape, layer.output_dim))
+    return tf.cast(rows, layer.compute_dtype)
 
 
 def _separable(layer, x, depthwise, pointwise, middle):

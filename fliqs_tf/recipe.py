@@ -141,6 +141,19 @@ class Recipe:
             )
 
 
+def add_float_inputs(formats: dict[str, str], layers: dict[str, list[str]]) -> None:
+    """Names the input's format, FP32, for decisions on weights alone, as "separate" wants it; changes both arguments.
+
+    Args:
+      formats: {decision: format}.
+      layers: {decision: [paths of all its layers]}.
+    """
+    for decision in [d for d in formats if d.endswith("/weights")]:
+        other = decision.removesuffix("weights") + "activations"
+        if other not in formats:
+            formats[other], layers[other] = "FP32", layers[decision]
+
+
 def _check_pairs(formats) -> None:
     """Weights and activations chosen apart: both must be there."""
     for decision in formats:

@@ -38,7 +38,7 @@ from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
 from fliqs_tf.profile import Profile
 from fliqs_tf.quality import quality_function
-from fliqs_tf.recipe import Recipe
+from fliqs_tf.recipe import Recipe, add_float_inputs
 
 _LOG = logging.getLogger("fliqs_tf")
 
@@ -53,6 +53,7 @@ def wrap(
     granularity="layer",
     tensors="together",
     input_shape=None,
+    embeddings=False,
 ):
     r"""Makes a model whose number formats can be searched while it trains.
 
@@ -75,6 +76,8 @@ def wrap(
         "separate": one decision each.
       input_shape: Shape of one example, for several inputs a list or dict of shapes; a `tf.TensorSpec` in place of a
         shape gives the dtype too. Needed only if the model leaves a size open, or does not say what its input is.
+      embeddings: True quantizes the tables of Embedding layers, with a scale per row. They multiply nothing: only their
+        memory costs.
 
     Returns:
       A `SearchModel`: compile it with a `target_cost`, then `fit`.
@@ -85,6 +88,11 @@ def wrap(
         duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
         target does not have. The message says what to do.
     """
+    if embeddings and target in ("onnx", "tflite"):
+        raise ValueError(
+            f"Embeddings have no form in the files of target {target!r}: leave embeddings=False, or take "
+            f"target='packed' or none."
+        )
     if profile is None:
         menus = ("FLIQS-S-INT" if space is None else space,)
     else:
@@ -96,7 +104,7 @@ def wrap(
     elif target is not None:
         menus = [targets.menu(menu, target, tensors) for menu in menus]
     options = (rules, granularity, tensors, *menus[1:])
-    network = wrapping.quantized_network(model, menus[0], *options, input_shape=input_shape)
+    network = wrapping.quantized_network(model, menus[0], *options, input_shape=input_shape, embeddings=embeddings)
     if target == "tflite":
         export_graph.check_layers(network)
         network = carriers.with_carriers(network)
@@ -473,10 +481,12 @@ class SearchModel(keras.Model):
                     ordered[decision] = formats.get(decision, menu[0])
                     if site.path not in layers.setdefault(decision, []):
                         layers[decision].append(site.path)
-            kinds.add(_tensors(site))
+            kinds.add(None if site.is_table else _tensors(site))
+        if "separate" in kinds:
+            add_float_inputs(ordered, layers)
         named = {d: p for d, p in layers.items() if p != [d.rpartition("/")[0] if "separate" in kinds else d]}
         in_float = [s.path for s in self.sites if s.weight_decision is None]
-        tensors = (kinds - {None}).pop()
+        (tensors,) = (kinds - {None}) or {"weights"}
         return Recipe(ordered, tensors, named, {"float_layers": in_float} if in_float else {})
 
     def deploy(self, recipe: Recipe | None = None, calibration_data=None) -> keras.Model:

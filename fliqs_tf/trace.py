@@ -37,13 +37,15 @@ class TracedLayer:
       path: Name of the layer, with the names of the models around it: "encoder/conv1".
       layer: The Keras layer.
       macs: MACs per example, over all calls of the layer.
-      weights: Number of kernel entries.
+      weights: Number of kernel entries, or of table entries.
+      is_table: True for an embedding: it multiplies nothing, and its input is not quantized.
     """
 
     path: str
     layer: keras.layers.Layer = dataclasses.field(compare=False)
     macs: int
     weights: int
+    is_table: bool = False
 
 
 def kernels(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
@@ -52,6 +54,16 @@ def kernels(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
     Subclasses of the known classes do not count as known: their `call` may do anything.
     """
     return _KERNELS.get(type(layer), lambda layer: ())(layer)
+
+
+def table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
+    """The table of an embedding, whose rows have a scale each; () for any other layer."""
+    return (Kernel("embeddings", (0,)),) if type(layer) is _LAYERS.Embedding else ()
+
+
+def kernels_or_table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
+    """What `Quantized` quantizes of a layer."""
+    return kernels(layer) or table(layer)
 
 
 def _einsum_channel_axes(layer) -> tuple[int, ...]:
@@ -75,6 +87,8 @@ _KERNELS = {
 
 def _macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     """MACs of one call, from the shapes of its input and output."""
+    if table(layer):
+        return 0
     if isinstance(layer, _LAYERS.EinsumDense):
         kernel, output = layer.equation.replace(" ", "").split(",")[1].split("->")
         contracted = [size for label, size in zip(kernel, layer.kernel.shape) if label not in output]
@@ -213,8 +227,8 @@ def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[st
     return visit(model, "", False)
 
 
-def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
-    """Every layer with a kernel, in the model's order, with its MACs and weights.
+def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
+    """Every layer with a kernel, in the model's order, with its MACs and weights. Quantized embeddings too.
 
     The model is called once, symbolically, on one example, and each layer is counted with the shapes that reach it, at
     every call: also where a model folds parts of an example into the batch axis.
@@ -222,11 +236,17 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
     Args:
       model: A built model.
       input_shape: See `input_specs`. Needed only if the model leaves a size open.
+      named: Paths of embeddings in float that count too.
 
     Raises:
       ValueError: The model is not built, or leaves a size open and no `input_shape` is given.
     """
-    found = [(path, layer) for path, layer in walk(model) if inside(layer).built and kernels(inside(layer))]
+    found = [
+        (path, layer)
+        for path, layer in walk(model)
+        if inside(layer).built
+        and (kernels(inside(layer)) or (table(inside(layer)) and (inside(layer) is not layer or path in named)))
+    ]
     example = _one_example(model, input_shape)
     with _recording([layer for _, layer in found]) as calls:
 
@@ -247,7 +267,8 @@ def trace(model: keras.Model, input_shape=None) -> list[TracedLayer]:
             path,
             layer,
             sum(_macs(layer, i, o) for i, o in shapes[id(called)]),
-            sum(math.prod(getattr(layer, k.attribute).shape) for k in kernels(layer)),
+            sum(math.prod(getattr(layer, k.attribute).shape) for k in kernels_or_table(layer)),
+            bool(table(layer)),
         )
         for path, called in found
         for layer in (inside(called),)
@@ -350,6 +371,11 @@ def _one_example(model, input_shape):
 def quantizable(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
     """(path, layer) of the layers that have kernels. A layer that was never called has none yet."""
     return [(path, layer) for path, layer in walk(model) if layer.built and kernels(layer)]
+
+
+def embeddings(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of the embeddings whose tables can be quantized."""
+    return [(path, layer) for path, layer in walk(model) if layer.built and table(layer)]
 
 
 def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:

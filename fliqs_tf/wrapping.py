@@ -95,18 +95,26 @@ class Plan:
 
 
 def quantized_network(
-    model, space, rules=(), granularity="layer", tensors="together", input_space=None, *, input_shape=None
+    model,
+    space,
+    rules=(),
+    granularity="layer",
+    tensors="together",
+    input_space=None,
+    *,
+    input_shape=None,
+    embeddings=False,
 ) -> keras.Model:
     """A copy of a model whose layers read decisions.
 
     Args:
-      model, space, rules, granularity, tensors, input_shape: As for `fliqs_tf.wrap`.
+      model, space, rules, granularity, tensors, input_shape, embeddings: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
     """
-    layers = layers_to_quantize(model)
+    layers = layers_to_quantize(model, embeddings)
     spaces = (Space(space), Space(space if input_space is None else input_space))
     plans = plan([path for path, _ in layers], trace.annotations(model), spaces, rules, granularity, tensors)
-    _log_left_in_float(model)
+    _log_left_in_float(model, plans)
     return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans}, input_shape)
 
 
@@ -142,7 +150,12 @@ def decision_names(base: str, tensors: str) -> tuple[str, str]:
 
 
 def apply(
-    model: keras.Model, recipe: Recipe | Format | str, *, target: str | None = None, input_shape=None
+    model: keras.Model,
+    recipe: Recipe | Format | str,
+    *,
+    target: str | None = None,
+    input_shape=None,
+    embeddings: bool = False,
 ) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 
@@ -153,6 +166,7 @@ def apply(
       target: "tflite": int8 tensors between the layers are quantized too, as in the file that
         `fliqs_tf.export.tflite` writes.
       input_shape: See `fliqs_tf.wrap`.
+      embeddings: With one format for every layer: for the tables of embeddings too. A recipe says it itself.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
@@ -160,7 +174,8 @@ def apply(
     Raises:
       ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize.
     """
-    layers = layers_to_quantize(model)
+    named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
+    layers = layers_to_quantize(model, embeddings, named)
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
@@ -216,8 +231,14 @@ def decisions(network: keras.Model) -> list[Decision]:
     return list(found.values())
 
 
-def layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of the layers of a float model that can be quantized; raises if there are none."""
+def layers_to_quantize(model, embeddings=False, named=()) -> list[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of the layers of a float model that are to be quantized; raises if there are none.
+
+    Args:
+      model: A float model.
+      embeddings: All embeddings are among them.
+      named: Paths of embeddings that are.
+    """
     check_model(model)
     if not model.built or (trace.is_graph(model) and not getattr(model, "inputs", None)):
         raise ValueError(
@@ -229,7 +250,9 @@ def layers_to_quantize(model) -> list[tuple[str, keras.layers.Layer]]:
             f"Model {model.name!r} is quantized already; give the float model, or search what quantize_apply made with "
             f"fliqs_tf.SearchModel(model)."
         )
-    layers = trace.quantizable(model)
+    tables = [(path, layer) for path, layer in trace.embeddings(model) if embeddings or path in named]
+    among = {id(layer) for _, layer in (*trace.quantizable(model), *tables)}
+    layers = [(path, layer) for path, layer in trace.walk(model) if id(layer) in among]
     if not layers:
         raise ValueError(
             f"Model {model.name!r} has nothing to quantize: none of its layers is a Dense, Conv1D, Conv2D, "
@@ -323,10 +346,13 @@ def _check_menus(plans: dict[str, Plan]) -> None:
         )
 
 
-def _log_left_in_float(model) -> None:
-    unknown = [f"{path} ({type(layer).__name__})" for path, layer in trace.left_in_float(model)]
-    if unknown:
-        _LOG.warning("Left in float, because their class is not known: %s.", ", ".join(unknown))
+def _log_left_in_float(model, quantized) -> None:
+    left = [(path, layer) for path, layer in trace.left_in_float(model) if path not in quantized]
+    if left:
+        named = ", ".join(f"{path} ({type(layer).__name__})" for path, layer in left)
+        tables = any(trace.table(layer) for _, layer in left)
+        hint = " embeddings=True quantizes the tables of Embedding layers." if tables else ""
+        _LOG.warning("Left in float, because their class is not known or not asked for: %s.%s", named, hint)
 
 
 def _copy(model: keras.Model, arguments: dict[int, dict], input_shape=None) -> keras.Model:
