@@ -216,6 +216,17 @@ def replace_layers(owner, new: dict) -> None:
             vars(owner)[name] = vars(owner).pop(name)
 
 
+def add_layer(owner, attribute: str, layer) -> None:
+    """Sets a layer as an attribute of one that is built already."""
+    if IS_KERAS_3:
+        owner._tracker.unlock()
+    try:
+        setattr(owner, attribute, layer)
+    finally:
+        if IS_KERAS_3:
+            owner._tracker.lock()
+
+
 def _replaced(value, new: dict):
     """The value of an attribute with layers replaced; the value itself if there are none."""
     if id(value) in new:

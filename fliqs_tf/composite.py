@@ -6,7 +6,7 @@ import inspect
 
 import tensorflow as tf
 
-from fliqs_tf import trace
+from fliqs_tf import products, trace
 from fliqs_tf._keras import keras, replace_layers
 from fliqs_tf.quantized import Quantized
 
@@ -23,7 +23,8 @@ class Composite(keras.layers.Layer):
     Args:
       layer: A layer or subclassed model that holds layers in attributes, or in lists, tuples and dicts there. It
         belongs to the wrapper from then on.
-      parts: {path of a layer inside, as `trace.walk` gives it: arguments of `Quantized` without the layer}.
+      parts: {path of a layer inside, as `trace.walk` gives it: arguments of `Quantized` without the layer}. The path of
+        an attention layer and "/scores" or "/context" stand for its products: arguments of `products.place`.
 
     Raises:
       ValueError: At its first call, if the layer has no part of such a path.
@@ -68,13 +69,23 @@ class Composite(keras.layers.Layer):
 
     def _replace(self):
         there = dict(trace.walk(self.layer))
-        missing = [path for path in self._parts if path not in there]
+        attention = {"": self.layer, **dict(trace.walk(self.layer, networks=True))}
+        of_attention = {
+            layer: {name: self._parts[path] for path, name in _product_paths(path, layer) if path in self._parts}
+            for path, layer in attention.items()
+            if trace.products(layer)
+        }
+        known = {path for path, layer in attention.items() for path, _ in _product_paths(path, layer)}
+        missing = [path for path in self._parts if path not in there and path not in known]
         if missing:
             raise ValueError(f"Layer {self.name!r} has no part {missing[0]!r}. Its parts: {', '.join(there)}.")
-        new = {id(there[path]): quantized(there[path], arguments) for path, arguments in self._parts.items()}
+        new = {id(there[path]): quantized(there[path], part) for path, part in self._parts.items() if path in there}
         owners = [self.layer, *(layer for _, layer in trace.walk(self.layer, networks=True) if trace.children(layer))]
         for owner in owners:
             replace_layers(owner, new)
+        for layer, arguments in of_attention.items():
+            if arguments:
+                products.place(layer, arguments)
 
     def compute_mask(self, inputs, mask=None):
         return None  # the call of the layer inside has put it on the outputs
@@ -91,6 +102,11 @@ class Composite(keras.layers.Layer):
         return cls(**{**config, "layer": layer})
 
 
+def _product_paths(path: str, layer) -> list[tuple[str, str]]:
+    """(path, name) of the products of a layer of that path."""
+    return [(f"{path}/{name}" if path else name, name) for name, _, _ in trace.products(layer)]
+
+
 def _placeholder(value):
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return keras.Input(batch_shape=tuple(value.shape), dtype=value.dtype)
@@ -102,24 +118,26 @@ def quantized(layer, arguments: dict) -> Quantized:
     return Quantized(layer, **arguments, name=layer.name, dtype=layer.dtype_policy)
 
 
-def placed(layer, original, arguments: dict[int, dict]):
+def placed(layer, original, arguments: dict):
     """What takes the place of a layer in a copy of a network.
 
     Args:
       layer: Copy of the layer, not quantized.
       original: The layer itself, quantized or not.
-      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized.
+      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized; for a product of attention
+        that is in float yet, (id of the attention layer, name of the product) is the key.
 
     Returns:
       A `Quantized`, a `Composite`, or the copy itself.
     """
     if id(original) in arguments:
         return quantized(layer, arguments[id(original)])
-    parts = {path: arguments[id(part)] for path, part in trace.walk(original) if id(part) in arguments}
+    keys = [(path, id(part)) for path, part in trace.walk(original)] + trace.attention_products(original)
+    parts = {path: arguments[key] for path, key in keys if key in arguments}
     return Composite(layer, parts) if parts else layer
 
 
-def network_copy(network: keras.Model, arguments: dict[int, dict], copies: dict) -> keras.Model:
+def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.Model:
     """A copy of a Functional or Sequential model, nested ones too, without the weights.
 
     Args:

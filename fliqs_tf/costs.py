@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from fliqs_tf import trace
 from fliqs_tf.formats import Format
+from fliqs_tf.products import Product
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.recipe import Recipe
 
@@ -34,7 +35,7 @@ _LARGEST = sys.float_info.max
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One layer with a kernel, as a cost sees it.
+    """One layer with a kernel, or a quantized product of two activations, as a cost sees it.
 
     Attributes:
       path: Layer path, "encoder/conv1".
@@ -65,12 +66,13 @@ def sites(model, input_shape=None, named=()) -> list[Site]:
     """
     if hasattr(model, "sites"):
         return model.sites
-    owners = {id(layer.layer): layer for _, layer in trace.walk(model) if isinstance(layer, Quantized)}
+    kinds = (Quantized, Product)
+    owners = {id(trace.inside(layer)): layer for _, layer in trace.walk(model) if isinstance(layer, kinds)}
     traced = trace.trace(model, input_shape, named)
     return [_site(layer, owners.get(id(layer.layer)), plain=not owners) for layer in traced]
 
 
-def _site(traced: trace.TracedLayer, quantized: Quantized | None, plain: bool) -> Site:
+def _site(traced: trace.TracedLayer, quantized: Quantized | Product | None, plain: bool) -> Site:
     if quantized is None:
         name = traced.path if plain else None
         inputs = None if traced.is_table else name
@@ -144,7 +146,14 @@ def site_formats(model, formats: Recipe | Format | str | None = None) -> list[tu
         formats = model.recipe()
     name = getattr(model, "name", "")
     named = formats.of_layers() if isinstance(formats, Recipe) else ()
-    return [(site, *_formats_of(site, formats, name)) for site in sites(model, named=named)]
+    found = sites(model, named=named)
+    in_float = {path for path, _ in trace.attention_products(model)} if named and not hasattr(model, "sites") else set()
+    if uncounted := (in_float & set(named)) - {site.path for site in found}:
+        raise ValueError(
+            f"The recipe has a format for {min(uncounted)!r}, a product of activations that model {name!r} has in "
+            f"float and does not count. Give the wrapped model, or that of fliqs_tf.apply(model, recipe)."
+        )
+    return [(site, *_formats_of(site, formats, name)) for site in found]
 
 
 def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:

@@ -14,6 +14,7 @@ import tensorflow as tf
 from fliqs_tf import rounding, trace
 from fliqs_tf._keras import check_model, float_value
 from fliqs_tf.formats import Format
+from fliqs_tf.products import Product
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.recipe import Recipe, add_float_inputs
 
@@ -40,10 +41,15 @@ def quantized_layers(model) -> list[tuple[str, Quantized]]:
       TypeError: Not a model of this process's `tf.keras`.
       ValueError: Formats are still to be decided, or no layer is quantized.
     """
+    return [(path, layer) for path, layer in _decided(model) if isinstance(layer, Quantized)]
+
+
+def _decided(model) -> list[tuple[str, Quantized | Product]]:
+    """(path, layer) of quantized layers and products; raises as `quantized_layers`."""
     if hasattr(model, "deploy"):
         raise ValueError(f"Model {model.name!r} is still being searched: give what its deploy() returns.")
     check_model(model)
-    layers = [(path, layer) for path, layer in trace.walk(model) if isinstance(layer, Quantized)]
+    layers = [(path, layer) for path, layer in trace.walk(model) if isinstance(layer, (Quantized, Product))]
     if not layers:
         raise ValueError(
             f"Model {model.name!r} has no quantized layer: give what deploy() of a searched model or fliqs_tf.apply "
@@ -71,11 +77,11 @@ def recipe(model) -> Recipe:
     Raises:
       ValueError: As `quantized_layers`.
     """
-    layers = quantized_layers(model)
+    layers = _decided(model)
     in_float = [path for path, _ in trace.quantizable(model)]
     info = {"float_layers": in_float} if in_float else {}
     # What is chosen for tables says nothing of the kind: they have no input to quantize.
-    kinds = {_kind(layer) for _, layer in layers if not trace.table(layer.quantized_layer)} or {"weights"}
+    kinds = {_kind(layer) for _, layer in layers if not trace.table(trace.inside(layer))} or {"weights"}
     formats: dict[str, str] = {}
     members: dict[str, list[str]] = {}
     if len(kinds) > 1:  # layers quantized one by one: no recipe of one kind says that
@@ -98,7 +104,7 @@ def recipe(model) -> Recipe:
     return Recipe(formats, kind, {d: paths for d, paths in members.items() if paths != alone[d]}, info)
 
 
-def _kind(layer: Quantized) -> str:
+def _kind(layer: Quantized | Product) -> str:
     if layer.activation_quantizer is None:
         return "weights"
     return "together" if layer.activation_decision == layer.weight_decision else "separate"

@@ -54,6 +54,7 @@ def wrap(
     tensors="together",
     input_shape=None,
     embeddings=False,
+    attention_scores=False,
 ):
     r"""Makes a model whose number formats can be searched while it trains.
 
@@ -78,6 +79,9 @@ def wrap(
         shape gives the dtype too. Needed only if the model leaves a size open, or does not say what its input is.
       embeddings: True quantizes the tables of Embedding layers, with a scale per row. They multiply nothing: only their
         memory costs.
+      attention_scores: True quantizes both operands of the two products in MultiHeadAttention and GroupQueryAttention
+        layers, "scores" (query x key) and "context" (probabilities x value), and counts their MACs. Keys and values
+        take the part of weights: with tensors="separate" theirs are the decisions ".../weights".
 
     Returns:
       A `SearchModel`: compile it with a `target_cost`, then `fit`.
@@ -88,11 +92,12 @@ def wrap(
         duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
         target does not have. The message says what to do.
     """
-    if embeddings and target in ("onnx", "tflite"):
-        raise ValueError(
-            f"Embeddings have no form in the files of target {target!r}: leave embeddings=False, or take "
-            f"target='packed' or none."
-        )
+    for option, asked in (("embeddings", embeddings), ("attention_scores", attention_scores)):
+        if asked and target in ("onnx", "tflite"):
+            raise ValueError(
+                f"{option}=True has no form in the files of target {target!r}: leave {option}=False, or take "
+                f"target='packed' or none."
+            )
     if profile is None:
         menus = ("FLIQS-S-INT" if space is None else space,)
     else:
@@ -104,7 +109,14 @@ def wrap(
     elif target is not None:
         menus = [targets.menu(menu, target, tensors) for menu in menus]
     options = (rules, granularity, tensors, *menus[1:])
-    network = wrapping.quantized_network(model, menus[0], *options, input_shape=input_shape, embeddings=embeddings)
+    network = wrapping.quantized_network(
+        model,
+        menus[0],
+        *options,
+        input_shape=input_shape,
+        embeddings=embeddings,
+        attention_scores=attention_scores,
+    )
     if target == "tflite":
         export_graph.check_layers(network)
         network = carriers.with_carriers(network)

@@ -1,6 +1,7 @@
 """Layers to shapes, MACs and weight counts: the only module that knows layer classes.
 
-A MAC is one multiply-add. Counts are per example. Biases, normalization and products of two activations do not count.
+A MAC is one multiply-add. Counts are per example. Biases and normalization do not count, products of two activations
+only where they are quantized.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fliqs_tf._keras import attributes, keras, map_shapes, only_shapes, recorded
 
 _LAYERS = keras.layers
 # Their layers run in loops, or with weights that are not their own: what they compute cannot be read off their calls.
+_ATTENTION = {_LAYERS.MultiHeadAttention, getattr(_LAYERS, "GroupQueryAttention", _LAYERS.MultiHeadAttention)}
 _CLOSED = (_LAYERS.RNN, _LAYERS.TimeDistributed, _LAYERS.SpectralNormalization)
 
 
@@ -61,6 +63,27 @@ def table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
     return (Kernel("embeddings", (0,)),) if type(layer) is _LAYERS.Embedding else ()
 
 
+def products(layer: keras.layers.Layer) -> tuple[tuple[str, str, bool], ...]:
+    """The products of activations in an attention layer that was called: (name, einsum equation, whether key or value come first
+    in it); () for any other layer. "scores" are query x key, "context" is probabilities x value."""
+    if type(layer) not in _ATTENTION or not hasattr(layer, "_combine_equation"):
+        return ()
+    scores, context = layer._dot_product_equation, layer._combine_equation
+    return ("scores", scores, type(layer) is _LAYERS.MultiHeadAttention), ("context", context, False)
+
+
+def is_product(layer: keras.layers.Layer) -> bool:
+    """True for a product of activations that has a layer of its own, since it is quantized."""
+    return getattr(layer, "is_product", False)
+
+
+def attention_products(model: keras.Model) -> list[tuple[str, tuple[int, str]]]:
+    """(path, (id of the attention layer, name)) of the products in the attention layers of a model."""
+    root = composite_root(model) if is_network(model) else inside(model)
+    found = [("", root)] * (root is not None) + [(f"{path}/", inside(layer)) for path, layer in walk(model)]
+    return [(prefix + name, (id(layer), name)) for prefix, layer in found for name, _, _ in products(layer)]
+
+
 def kernels_or_table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
     """What `Quantized` quantizes of a layer."""
     return kernels(layer) or table(layer)
@@ -87,6 +110,8 @@ _KERNELS = {
 
 def _macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     """MACs of one call, from the shapes of its input and output."""
+    if is_product(layer):
+        return layer.macs(inputs, outputs)
     if table(layer):
         return 0
     if isinstance(layer, _LAYERS.EinsumDense):
@@ -131,7 +156,7 @@ def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
     list, tuple or dict there: "dense", "blocks/3".
     """
     layer = inside(layer)
-    if kernels(layer) or isinstance(layer, (_LAYERS.InputLayer, *_CLOSED)):
+    if kernels(layer) or is_product(layer) or isinstance(layer, (_LAYERS.InputLayer, *_CLOSED)):
         return []
     graph = [content(child) for child in layer.layers] if is_graph(layer) else []
     found: dict[int, tuple[str, keras.layers.Layer]] = {}
@@ -228,7 +253,8 @@ def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[st
 
 
 def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
-    """Every layer with a kernel, in the model's order, with its MACs and weights. Quantized embeddings too.
+    """Every layer with a kernel, in the model's order, with its MACs and weights. Quantized embeddings and
+    products of activations too.
 
     The model is called once, symbolically, on one example, and each layer is counted with the shapes that reach it, at
     every call: also where a model folds parts of an example into the batch axis.
@@ -245,7 +271,7 @@ def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
         (path, layer)
         for path, layer in walk(model)
         if inside(layer).built
-        and (kernels(inside(layer)) or (table(inside(layer)) and (inside(layer) is not layer or path in named)))
+        and (is_product(layer) or kernels(inside(layer)) or (table(inside(layer)) and (inside(layer) is not layer or path in named)))
     ]
     example = _one_example(model, input_shape)
     with _recording([layer for _, layer in found]) as calls:

@@ -14,6 +14,7 @@ import tensorflow as tf
 from fliqs_tf import carriers, composite, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
+from fliqs_tf.products import Product
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import Quantizer
 from fliqs_tf.recipe import TENSORS, Recipe
@@ -104,18 +105,24 @@ def quantized_network(
     *,
     input_shape=None,
     embeddings=False,
+    attention_scores=False,
 ) -> keras.Model:
     """A copy of a model whose layers read decisions.
 
     Args:
-      model, space, rules, granularity, tensors, input_shape, embeddings: As for `fliqs_tf.wrap`.
+      model, space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
     """
-    layers = layers_to_quantize(model, embeddings)
+    layers = layers_to_quantize(model, embeddings, attention_scores)
+    if attention_scores and tensors == "weights":
+        raise ValueError(
+            "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
+            "take tensors='together' or 'separate'."
+        )
     spaces = (Space(space), Space(space if input_space is None else input_space))
     plans = plan([path for path, _ in layers], trace.annotations(model), spaces, rules, granularity, tensors)
     _log_left_in_float(model, plans)
-    return _copy(model, {id(layer): plans[path].arguments() for path, layer in layers if path in plans}, input_shape)
+    return _copy(model, {key: plans[path].arguments() for path, key in layers if path in plans}, input_shape)
 
 
 def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, Plan]:
@@ -156,6 +163,7 @@ def apply(
     target: str | None = None,
     input_shape=None,
     embeddings: bool = False,
+    attention_scores: bool = False,
 ) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 
@@ -166,7 +174,8 @@ def apply(
       target: "tflite": int8 tensors between the layers are quantized too, as in the file that
         `fliqs_tf.export.tflite` writes.
       input_shape: See `fliqs_tf.wrap`.
-      embeddings: With one format for every layer: for the tables of embeddings too. A recipe says it itself.
+      embeddings, attention_scores: With one format for every layer: for the tables of embeddings and the products of
+        attention too. A recipe says it itself.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
@@ -175,18 +184,18 @@ def apply(
       ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize.
     """
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
-    layers = layers_to_quantize(model, embeddings, named)
+    layers = layers_to_quantize(model, embeddings, attention_scores, named)
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
     decided = recipe.of_layers()
     Recipe(dict.fromkeys(decided, "FP32")).check([p for p in paths if p not in recipe.float_layers], model.name)
     arguments = {}
-    for path, layer in layers:
+    for path, key in layers:
         if path in decided:
             weights, activations = decided[path]["weights"], decided[path].get("activations")
             menus = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
-            arguments[id(layer)] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
+            arguments[key] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
     copy = _copy(model, arguments, input_shape)
     if not is_for_tflite(target):
         return copy
@@ -206,7 +215,7 @@ def fixed(network: keras.Model, formats: dict[str, str]) -> keras.Model:
     """A copy of a quantized network in which each decision has taken the given format."""
     arguments = {}
     for _, layer in trace.walk(network):
-        if isinstance(layer, Quantized):
+        if isinstance(layer, (Quantized, Product)):
             config = layer.get_config()
             config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
             if config["activation_formats"]:
@@ -219,7 +228,7 @@ def decisions(network: keras.Model) -> list[Decision]:
     """What is left to decide in a quantized network, in network order. Menus of one format decide nothing."""
     found: dict[str, Decision] = {}
     for path, layer in trace.walk(network):
-        if isinstance(layer, Quantized):
+        if isinstance(layer, (Quantized, Product)):
             reads = [(layer.weight_decision, q) for q in layer.weight_quantizers]
             reads += [(layer.activation_decision, q) for q in layer.activation_quantizers]
             for name, quantizer in reads:
@@ -231,13 +240,15 @@ def decisions(network: keras.Model) -> list[Decision]:
     return list(found.values())
 
 
-def layers_to_quantize(model, embeddings=False, named=()) -> list[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of the layers of a float model that are to be quantized; raises if there are none.
+def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()) -> list[tuple[str, Any]]:
+    """(path, id) of the layers of a float model that are to be quantized; raises if there are none.
+
+    A product of attention has the id of the attention layer and its own name, see `trace.attention_products`.
 
     Args:
       model: A float model.
-      embeddings: All embeddings are among them.
-      named: Paths of embeddings that are.
+      embeddings, attention_scores: All embeddings, all products of attention are among them.
+      named: Paths of embeddings and products that are.
     """
     check_model(model)
     if not model.built or (trace.is_graph(model) and not getattr(model, "inputs", None)):
@@ -252,7 +263,12 @@ def layers_to_quantize(model, embeddings=False, named=()) -> list[tuple[str, ker
         )
     tables = [(path, layer) for path, layer in trace.embeddings(model) if embeddings or path in named]
     among = {id(layer) for _, layer in (*trace.quantizable(model), *tables)}
-    layers = [(path, layer) for path, layer in trace.walk(model) if id(layer) in among]
+    products = [(path, key) for path, key in trace.attention_products(model) if attention_scores or path in named]
+    layers = [(path, id(layer)) for path, layer in trace.walk(model) if id(layer) in among] + products
+    for asked, found, what in ((embeddings, tables, "Embedding"), (attention_scores, products, "MultiHeadAttention")):
+        if asked and not found:
+            option = "embeddings" if found is tables else "attention_scores"
+            raise ValueError(f"{option}=True, but model {model.name!r} has no {what} layer.")
     if not layers:
         raise ValueError(
             f"Model {model.name!r} has nothing to quantize: none of its layers is a Dense, Conv1D, Conv2D, "
@@ -355,12 +371,12 @@ def _log_left_in_float(model, quantized) -> None:
         _LOG.warning("Left in float, because their class is not known or not asked for: %s.%s", named, hint)
 
 
-def _copy(model: keras.Model, arguments: dict[int, dict], input_shape=None) -> keras.Model:
+def _copy(model: keras.Model, arguments: dict, input_shape=None) -> keras.Model:
     """A copy of a model with its weights.
 
     Args:
       model: The original, quantized or not.
-      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized in the copy.
+      arguments: See `composite.placed`.
       input_shape: See `trace.input_specs`; for a model that is not a network.
 
     Returns:
@@ -373,6 +389,7 @@ def _copy(model: keras.Model, arguments: dict[int, dict], input_shape=None) -> k
         # A graph knows what it leaves open; the shape of an example is for counting.
         copy = _network_of(layer, trace.input_specs(model, None if trace.is_graph(model) else input_shape))
     originals, copies = _layers_of(model), _layers_of(copy)
+    copies = {path: layer for path, layer in copies.items() if path in originals or not trace.is_product(layer)}
     if originals.keys() != copies.keys():
         differ = sorted(originals.keys() ^ copies.keys())
         raise ValueError(
@@ -412,9 +429,13 @@ def _layers_of(model) -> dict:
 
 def _copy_state(layer, copy) -> None:
     """Weights, ranges and what is frozen, without those of the layers that a composite layer holds."""
-    if isinstance(layer, Quantized):
+    if isinstance(layer, (Quantized, Product)):
         for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):
             new.range.assign(old.range)
+    if isinstance(layer, Product):
+        copy.weight_quantizers[0].range.assign(layer.weight_quantizers[0].range)
+        copy.trainable = layer.trainable
+        return
     source, target = (trace.inside(each) for each in (layer, copy))
     if target.trainable != source.trainable:
         target.trainable = source.trainable
