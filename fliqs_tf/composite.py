@@ -124,8 +124,8 @@ def placed(layer, original, arguments: dict):
     Args:
       layer: Copy of the layer, not quantized.
       original: The layer itself, quantized or not.
-      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized; for a product of attention
-        that is in float yet, (id of the attention layer, name of the product) is the key.
+      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized. The key of a product of
+        attention that is still in float is (id of the attention layer, name of the product).
 
     Returns:
       A `Quantized`, a `Composite`, or the copy itself.

@@ -64,8 +64,12 @@ def table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
 
 
 def products(layer: keras.layers.Layer) -> tuple[tuple[str, str, bool], ...]:
-    """The products of activations in an attention layer that was called: (name, einsum equation, whether key or value come first
-    in it); () for any other layer. "scores" are query x key, "context" is probabilities x value."""
+    """The products of activations in an attention layer that was called; () for any other layer.
+
+    Returns:
+      (name, einsum equation, True if the operand made of keys or values comes first in it). "scores" are query x key,
+      "context" is probabilities x value.
+    """
     if type(layer) not in _ATTENTION or not hasattr(layer, "_combine_equation"):
         return ()
     scores, context = layer._dot_product_equation, layer._combine_equation
@@ -267,12 +271,7 @@ def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
     Raises:
       ValueError: The model is not built, or leaves a size open and no `input_shape` is given.
     """
-    found = [
-        (path, layer)
-        for path, layer in walk(model)
-        if inside(layer).built
-        and (is_product(layer) or kernels(inside(layer)) or (table(inside(layer)) and (inside(layer) is not layer or path in named)))
-    ]
+    found = [(path, layer) for path, layer in walk(model) if inside(layer).built and _counts(layer, path in named)]
     example = _one_example(model, input_shape)
     with _recording([layer for _, layer in found]) as calls:
 
@@ -299,6 +298,11 @@ def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
         for path, called in found
         for layer in (inside(called),)
     ]
+
+
+def _counts(layer, named: bool) -> bool:
+    is_quantized = inside(layer) is not layer
+    return bool(is_product(layer) or kernels(inside(layer)) or (table(inside(layer)) and (is_quantized or named)))
 
 
 def inside(layer: keras.layers.Layer) -> keras.layers.Layer:
