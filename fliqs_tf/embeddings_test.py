@@ -64,6 +64,7 @@ def test_a_step_moves_the_rows_that_it_looked_up_and_no_others():
 def test_masks_of_a_quantized_embedding():
     model = net(mask_zero=True)
     fixed = fliqs_tf.apply(model, "INT8", embeddings=True)
+    np.testing.assert_array_equal(fixed.get_layer("embedding")(TOKENS)._keras_mask, TOKENS != 0)
     before = np.array(fixed(TOKENS))
     np.testing.assert_allclose(before, model(TOKENS), atol=0.05)
     variable = trace.inside(fixed.get_layer("embedding")).embeddings

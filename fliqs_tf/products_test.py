@@ -171,6 +171,13 @@ def test_grouped_queries():
     assert [s.macs for s in costs.sites(fixed) if s.path in PRODUCTS] == [4 * 5 * 7 * 8] * 2
 
 
+def test_a_product_hands_on_no_mask():
+    x = L.Masking()(data(1, 2, 3))
+    assert getattr(x, "_keras_mask", None) is not None
+    product = Product("bsh,bth->bts", True, ["INT8"], ["INT8"])
+    assert getattr(product(x, x), "_keras_mask", None) is None
+
+
 def test_a_product_in_float_beside_a_quantized_one():
     model = net()
     rules = [*IN_FLOAT, ("attention/scores", None)]
