@@ -28,9 +28,9 @@ import fliqs_tf
 from binaries import data as datasets
 from binaries import settings
 from binaries.run_dir import versions
-from fliqs_tf import export_check, loading, trace
+from fliqs_tf import export_check, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.files import read_json, write_json
+from fliqs_tf.files import write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("runs", [], "Run directories, all of one data set.")
@@ -39,7 +39,6 @@ flags.DEFINE_integer("rounds", 50, "Rounds of each file and number of threads.",
 flags.DEFINE_string("json", "benchmark_export.json", "Where the figures go.")
 
 THREADS = (1, 2)
-_OF_THE_RUN = ("dataset", "data_dir", "model", "width", "holdout", "seed")
 
 
 def main(argv):
@@ -62,15 +61,8 @@ def run_files(folder: pathlib.Path):
     """What the runs give, and the test batches."""
     data, files = None, {}
     for run in map(pathlib.Path, FLAGS.runs):
-        try:
-            saved = read_json(run / "flags.json", "run's flags")
-            model = loading.load_model(run / "model.keras")
-        except (OSError, ValueError) as error:
-            sys.exit(f"{run} holds no finished run: {error}")
+        model = settings.load_run(run)
         if data is None:
-            for name in _OF_THE_RUN:
-                if name in saved and not FLAGS[name].present:
-                    FLAGS[name].value = saved[name]
             data = settings.load_data()
         batches = [x for x, _ in training_batches(data)]
         if is_quantized(model):

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-from binaries import imagenet, text
+from binaries import imagenet, prepared, text
 from binaries.devices import WHOLE
 
 # Image data sets; name -> augmentation: the largest shift in pixels, and whether images may be mirrored
@@ -403,28 +403,21 @@ def _read_digits(name, data_dir):
 
 
 def _read_tfds(name, data_dir):
-    try:
-        # Here and not above: it takes seconds, and digits do without it.
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is read by TensorFlow Datasets, which cannot be imported ({error}). "
-            "Run `pip install tensorflow-datasets importlib_resources`."
-        ) from error
-    where = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
-    builder = tfds.builder(name, data_dir=where)
-    if not builder.is_prepared():
-        argument = "" if where is None else f", data_dir={where!r}"
-        raise FileNotFoundError(
-            f"{name} is not prepared in {builder.data_dir}. Give the directory that holds it as data_dir, or "
-            f'prepare it with\n  {pathlib.Path(sys.executable).name} -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder('{name}'{argument}).download_and_prepare()\"\n"
-            "The README says how to do so without access to the data set's own site."
-        )
-    return tuple(_read_split(tfds, builder, split) for split in ("train", "test"))
+    argument = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
+    builder = prepared.builder(
+        name,
+        data_dir,
+        "Give the directory that holds it as data_dir, or "
+        f'prepare it with\n  {pathlib.Path(sys.executable).name} -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}'{argument}).download_and_prepare()\"\n"
+        "The README says how to do so without access to the data set's own site.",
+    )
+    return tuple(_read_split(builder, split) for split in ("train", "test"))
 
 
-def _read_split(tfds, builder, split):
+def _read_split(builder, split):
+    import tensorflow_datasets as tfds
+
     if builder.info.file_format.value == "array_record":
         # TFDS reads this format example by example only.
         examples = list(builder.as_data_source(split))

@@ -19,8 +19,6 @@ from absl import app, flags
 
 import fliqs_tf
 from binaries import exporting, settings
-from fliqs_tf import loading
-from fliqs_tf.files import read_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run_dir", None, "Run of search.py or train.py: its model.keras is exported, its data compared on.")
@@ -34,7 +32,6 @@ flags.DEFINE_bool(
 )
 
 _SUFFIX = {"tflite": "tflite", "onnx": "onnx", "packed": "safetensors"}
-_OF_THE_RUN = ("dataset", "data_dir", "model", "width", "holdout", "seed")
 
 
 def main(argv):
@@ -43,14 +40,7 @@ def main(argv):
     if not FLAGS.run_dir:
         sys.exit("Give --run_dir, the directory of a run of search.py or train.py.")
     run = pathlib.Path(FLAGS.run_dir)
-    try:
-        saved = read_json(run / "flags.json", "run's flags")
-        final = loading.load_model(run / "model.keras")
-    except (OSError, ValueError) as error:
-        sys.exit(f"{run} holds no finished run: {error}")
-    for name in _OF_THE_RUN:
-        if name in saved and not FLAGS[name].present:
-            FLAGS[name].value = saved[name]
+    final = settings.load_run(run)
     if FLAGS.plan:
         plan = fliqs_tf.export.plan(final, FLAGS.format)
         print(plan)

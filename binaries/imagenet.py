@@ -19,6 +19,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from binaries import prepared
 from binaries.devices import WHOLE
 
 NAMES = ("imagenet2012",)
@@ -157,20 +158,13 @@ def load(name: str, data_dir: str | None, holdout: float, size: int = 224) -> St
       ImportError: TensorFlow Datasets is missing.
       FileNotFoundError: The data set is not there; says how to prepare it.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is read by TensorFlow Datasets, which cannot be imported ({error}). "
-            "Run `pip install tensorflow-datasets importlib_resources`."
-        ) from error
-    builder = tfds.builder(name, data_dir=data_dir)
-    if not builder.is_prepared():
-        raise FileNotFoundError(
-            f"{name} is not prepared in {builder.data_dir}. Put the archives that image-net.org gives to those who ask "
-            f"into its downloads/manual and run tfds.builder({name!r}, data_dir=...).download_and_prepare() once; "
-            f"the directory may then be copied to a gs:// bucket. Give it as --data_dir."
-        )
+    builder = prepared.builder(
+        name,
+        data_dir,
+        f"Put the archives that image-net.org gives to those who ask into its downloads/manual and run "
+        f"tfds.builder({name!r}, data_dir=...).download_and_prepare() once; the directory may then be copied to a "
+        f"gs:// bucket. Give it as --data_dir.",
+    )
     held = round(holdout * builder.info.splits["train"].num_examples)
     return Stream(name=name, builder=builder, classes=builder.info.features["label"].num_classes, held=held, size=size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import sys
 
 import tensorflow as tf
@@ -11,9 +12,12 @@ from absl import flags
 import models
 from binaries import data as datasets
 from binaries import devices
+from fliqs_tf import loading
 from fliqs_tf._keras import keras
+from fliqs_tf.files import read_json
 
 FLAGS = flags.FLAGS
+_OF_THE_DATA = ("dataset", "data_dir", "image_size", "holdout", "seed")
 
 flags.DEFINE_enum("dataset", "digits", sorted(datasets.NAMES), "Data set.")
 flags.DEFINE_string(
@@ -95,6 +99,19 @@ def test_scores(model: keras.Model, data) -> dict[str, float]:
     if isinstance(data, datasets.text.Text):
         scores["bits_per_character"] = float(logs["loss"]) / math.log(2)
     return scores
+
+
+def load_run(run: pathlib.Path) -> keras.Model:
+    """The model of a finished run of search.py or train.py; its data set's flags hold where none are given."""
+    try:
+        saved = read_json(run / "flags.json", "run's flags")
+        model = loading.load_model(run / "model.keras")
+    except (OSError, ValueError) as error:
+        sys.exit(f"{run} holds no finished run: {error}")
+    for name in _OF_THE_DATA:
+        if name in saved and not FLAGS[name].present:
+            FLAGS[name].value = saved[name]
+    return model
 
 
 def flag_values() -> dict:
