@@ -8,7 +8,8 @@ from fliqs_tf.profile import Profile
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.recipe import Recipe
 from fliqs_tf.rounding import fake_quant
-from fliqs_tf.search import SearchModel, wrap
+from fliqs_tf.search import SearchModel
+from fliqs_tf.searchable import wrap
 from fliqs_tf.space import PRESETS, Space
 from fliqs_tf.wrapping import Rule, apply
 

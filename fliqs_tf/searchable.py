@@ -1,0 +1,112 @@
+"""`wrap`: a Keras model to one whose formats can be searched, for a platform or an export target if there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fliqs_tf import carriers, export_graph, targets, wrapping
+from fliqs_tf.profile import Profile
+from fliqs_tf.search import SearchModel
+
+
+def wrap(
+    model,
+    space=None,
+    rules=(),
+    *,
+    profile=None,
+    target=None,
+    granularity="layer",
+    tensors="together",
+    input_shape=None,
+    embeddings=False,
+    attention_scores=False,
+):
+    r"""Makes a model whose number formats can be searched while it trains.
+
+    Args:
+      model: A built Keras model: Functional, Sequential, or of a class of its own, whose `get_config` gives the
+        arguments of its `__init__`. It stays as it is; its weights are copied. Of one that is annotated with TensorFlow
+        Model Optimization only the annotated layers are quantized, see docs/tfmot.md.
+      space: Menu of formats for every layer: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
+        "FLIQS-L-FLOAT", "MIXED") or a list of formats. None: "FLIQS-S-INT", or what the profile has.
+      rules: What differs for some layers: (pattern, menu), (pattern, None) to leave them in float, or
+        `Rule(pattern, formats, tie)`. Patterns are searched in layer paths; later rules win.
+      profile: A platform to search for: a `Profile`, the name of a shipped one, or the path of its JSON file. Every
+        choice of the search then runs on the platform, and `compile` counts its cost unless told otherwise.
+      target: What the result will be exported to: "tflite", "onnx" or "packed". Formats of the menu that it does not
+        run are left out; see `fliqs_tf.export.plan` for what it does with the others. For "tflite" menus are restricted
+        to INT2 .. INT8, and the int8 tensors between the layers of the file that `fliqs_tf.export.tflite` writes are
+        quantized while training, so that what is trained is what ships.
+      granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
+      tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
+        "separate": one decision each.
+      input_shape: Shape of one example, for several inputs a list or dict of shapes; a `tf.TensorSpec` in place of a
+        shape gives the dtype too. Needed only if the model leaves a size open, or does not say what its input is.
+      embeddings: True quantizes the tables of Embedding layers, with a scale per row. They multiply nothing: only their
+        memory costs.
+      attention_scores: True quantizes both operands of the two products in MultiHeadAttention and GroupQueryAttention
+        layers, "scores" (query x key) and "context" (probabilities x value), and counts their MACs. Keys and values
+        take the part of weights: with tensors="separate" theirs are the decisions ".../weights".
+
+    Returns:
+      A `SearchModel`: compile it with a `target_cost`, then `fit`.
+
+    Raises:
+      TypeError: The model is of the other Keras.
+      ValueError: The model is not built or has nothing to quantize; unknown space or format; a menu that is empty, has
+        duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
+        target does not have. The message says what to do.
+    """
+    for option, asked in (("embeddings", embeddings), ("attention_scores", attention_scores)):
+        if asked and target in ("onnx", "tflite"):
+            raise ValueError(
+                f"{option}=True has no form in the files of target {target!r}: leave {option}=False, or take "
+                f"target='packed' or none."
+            )
+    if profile is None:
+        menus = ("FLIQS-S-INT" if space is None else space,)
+    else:
+        profile = Profile.load(profile)
+        menus = profile.menus(tensors, space)
+    if target == "tflite":
+        menus = [carriers.menu(menu) for menu in menus]
+        rules = [_for_integers(rule) for rule in wrapping.as_rules(rules)]
+    elif target is not None:
+        menus = [targets.menu(menu, target, tensors) for menu in menus]
+    options = (rules, granularity, tensors, *menus[1:])
+    network = wrapping.quantized_network(
+        model,
+        menus[0],
+        *options,
+        input_shape=input_shape,
+        embeddings=embeddings,
+        attention_scores=attention_scores,
+    )
+    if target == "tflite":
+        export_graph.check_layers(network)
+        network = carriers.with_carriers(network)
+    searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
+    if profile is not None:
+        profile.check(searched.sites)
+    if target is not None:
+        _check_target(searched.sites, target)
+    return searched
+
+
+def _for_integers(rule: wrapping.Rule) -> wrapping.Rule:
+    has_menu = rule.formats is not None and rule.formats is not wrapping.UNCHANGED
+    return dataclasses.replace(rule, formats=carriers.menu(rule.formats)) if has_menu else rule
+
+
+def _check_target(sites, target: str) -> None:
+    """Raises if a rule gives a layer formats that the target does not run."""
+    for site in sites:
+        together = site.weight_decision == site.activation_decision
+        for weights in site.weight_formats:
+            for inputs in (weights,) if together else site.activation_formats:
+                run = targets.runs(weights, inputs, target)
+                if run.how == targets.CANNOT:
+                    raise ValueError(
+                        f"Layer {site.path!r} cannot have {weights} weights and {inputs} inputs: {run.why}."
+                    )
