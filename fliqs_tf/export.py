@@ -43,7 +43,7 @@ def check(final, path, data):
 def onnx(final, path):
     """Writes a deployed model as an ONNX file with QuantizeLinear and DequantizeLinear.
 
-    See `fliqs_tf.export_onnx.onnx` for arguments and errors, and its module for what each format becomes.
+    See `fliqs_tf.export_onnx.onnx` for arguments and errors, and `fliqs_tf.onnx_formats` for what each format becomes.
     """
     from fliqs_tf import export_onnx
 
