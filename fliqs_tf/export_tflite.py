@@ -21,7 +21,7 @@ import numpy as np
 
 from fliqs_tf import carriers, export_graph, files, tflite_file, trace
 from fliqs_tf._keras import check_model
-from fliqs_tf.export_graph import Graph, Grid, Linear, Step
+from fliqs_tf.export_steps import Graph, Grid, Linear, Step, ones
 from fliqs_tf.kernel_rounding import KernelRounding, units
 from fliqs_tf.tflite_file import TfliteFile
 
@@ -337,14 +337,14 @@ class _Writer:
     def integer_affine(self, step, grids, tensor, meaning):
         """Gain and offset per channel: a 1x1 depthwise kernel whose scales are the gains."""
         gain = step.options["gain"]
-        linear = export_graph.ones((1, 1), len(gain)).then(gain, step.options["offset"])
+        linear = ones((1, 1), len(gain)).then(gain, step.options["offset"])
         window = {"strides": (1, 1), "padding": "valid", "dilation": (1, 1)}
         self.integer_linear(_as_linear(step, linear, window), grids, tensor, meaning)
 
     def integer_average_pool(self, step, grids, tensor, meaning):
         """A depthwise kernel of ones: AVERAGE_POOL_2D would round to the steps of its input."""
         size = step.options["size"]
-        linear = export_graph.ones(size, step.shapes[0][-1])
+        linear = ones(size, step.shapes[0][-1])
         linear = linear.then(np.full(step.shapes[0][-1], 1 / (size[0] * size[1])), 0.0)
         window = {"strides": step.options["strides"], "padding": "valid", "dilation": (1, 1)}
         self.integer_linear(_as_linear(step, linear, window), grids, tensor, meaning)
