@@ -162,7 +162,7 @@ class Controller(keras.layers.Layer):
         self.total_steps.assign(int(total_steps))
         learn = self._learn_critic if self.estimator == "critic" else self._learn_reinforce
         # Reads no variable and assigns none: that is done outside, where a replica of a strategy may do it.
-        self._learn = tf.function(learn, jit_compile=self.jit_compile, autograph=False)
+        self._learn = tf.function(learn, jit_compile=self.jit_compile and self.estimator != "critic", autograph=False)
 
     # The schedule
 
@@ -306,18 +306,25 @@ class Controller(keras.layers.Layer):
     def _learn_critic(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
         del step
         reward, moments, baseline = self._rewards(samples, quality, target, moments)
-        updates = critic.State(*state).updates
+        before = critic.State(*state).updates
         state = critic.observe(critic.State(*state), samples, quality, self._critic_prior)
-        if samples.shape[-2] == 1:
-            # Single readings come at every step and each tells little: the rest of the work is done for four at once.
-            due = tf.floor(state.updates / 4.0) > tf.floor(updates / 4.0)
-            state = tf.cond(due, lambda: critic.solve(state, self._critic_prior), lambda: state)
-            frozen = tf.logical_or(frozen, tf.logical_not(due))
-        else:
-            state = critic.solve(state, self._critic_prior)
+        # Single readings come at every step and each tells little: the rest of the work is done for four at once.
+        due = tf.floor(state.updates / 4.0) > tf.floor(before / 4.0) if samples.shape[-2] == 1 else tf.constant(True)
+        # Loops of small operations, many times faster when compiled. The rest is not, and starts sooner for it.
+        solve = tf.function(self._solve, jit_compile=self.jit_compile, autograph=False)
+        state, logits = tf.cond(
+            due,
+            lambda: solve(list(state), logits, probabilities, target, frozen, shape),
+            lambda: (list(state), logits),
+        )
+        return state, logits, moments, tf.reduce_mean(reward), baseline
+
+    def _solve(self, state, logits, probabilities, target, frozen, shape):
+        """Effects from what was observed, and the policy from them."""
+        state = critic.solve(critic.State(*state), self._critic_prior)
         level = critic.level(state)
 
-        def solve():
+        def policy_of_effects():
             return policy.boltzmann(
                 state.effects,
                 (1.0 - shape) * self._odds,
@@ -328,7 +335,7 @@ class Controller(keras.layers.Layer):
                 1.0 - shape,
             )
 
-        return list(state), tf.cond(frozen, lambda: logits, solve), moments, tf.reduce_mean(reward), baseline
+        return list(state), tf.cond(frozen, lambda: logits, policy_of_effects)
 
     def _learn_reinforce(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
         reward, moments, baseline = self._rewards(samples, quality, target, moments)
