@@ -30,141 +30,13 @@ import traceback
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FLAGS = ["--epochs=3", "--deterministic", "--learning_rate=0.05", "--checkpoint_every_steps=5", "--quality_every=4"]
-STEPS = 60  # 20 an epoch
+sys.path.insert(0, str(ROOT))
+
+from binaries import fault_worker
+
 SECONDS = 600  # no run takes longer, or it hangs
-# Moments of a checkpoint write; the number is that of the write.
+# (moment, number of the checkpoint write)
 WRITES = [("first_half", 2), ("written", 3), ("synced", 5), ("renamed", 6), ("first_half", 9), ("written", 12)]
-
-
-# ---- what runs: search.py, with a small network and a fault in it
-
-
-def worker(fault: str, at: int, argv: list[str]) -> None:
-    """Runs search.py in this process. `at`: step or number of the checkpoint write."""
-    sys.path.insert(0, str(ROOT))
-    from absl import app
-
-    from binaries import search
-
-    search.settings.build_network = _small_network
-    # Only the search is of interest.
-    search._uniform_formats = lambda model: []
-    search.settings.test_scores = lambda model, data: {"accuracy": 0.0}
-    search.exporting.has_integer_kernels = lambda recipe: False
-    search.report.write_report = lambda path: None
-    make = search.fliqs_tf.SearchModel._new_controller
-    # Compiling it takes longer than the run.
-    search.fliqs_tf.SearchModel._new_controller = lambda self, options: make(self, {**options, "jit_compile": False})
-    if fault in dict(WRITES):
-        _kill_at_write(fault, at)
-    elif fault == "data":
-        _spoil_data(at)
-    elif fault == "gradient":
-        _spoil_gradient(at)
-    app.run(search.main, argv=["search.py", *argv])
-
-
-def _small_network(data):
-    from fliqs_tf._keras import keras
-
-    layers = [
-        keras.layers.Input(data.input_shape),
-        keras.layers.Conv2D(4, 3, strides=2, name="conv"),
-        keras.layers.BatchNormalization(),
-        keras.layers.ReLU(),
-        keras.layers.Flatten(),
-        keras.layers.Dropout(0.1, seed=1),
-        keras.layers.Dense(data.classes, name="predictions"),
-    ]
-    return keras.Sequential(layers, name="small")
-
-
-def _kill_at_write(moment: str, number: int) -> None:
-    from fliqs_tf import checkpoints
-
-    writes = {"first_half": 0, "written": 0, "synced": 0, "renamed": 0}
-
-    def passes(name):
-        writes[name] += 1
-        if (name, writes[name]) == (moment, number):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    class Slowly:
-        """A file that is killed half-way through its lines."""
-
-        def __init__(self, file):
-            self.file = file
-
-        def writelines(self, chunks):
-            content = b"".join(chunks)
-            self.file.write(content[: len(content) // 2])
-            self.file.flush()
-            passes("first_half")
-            self.file.write(content[len(content) // 2 :])
-            self.file.flush()
-            passes("written")
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    @contextlib.contextmanager
-    def slowly(path, mode):
-        with open(path, mode) as file:
-            yield Slowly(file)
-
-    class Os:
-        def __getattr__(self, name):
-            return getattr(os, name)
-
-        def fsync(self, file):
-            os.fsync(file)
-            passes("synced")
-
-        def replace(self, old, new):
-            os.replace(old, new)
-            passes("renamed")
-
-    checkpoints.open, checkpoints.os = slowly, Os()
-
-
-def _spoil_data(step: int) -> None:
-    import tensorflow as tf
-
-    from binaries import data
-
-    whole = data.train_batches
-
-    def spoiled(*args, start_step, **kwargs):
-        def check(index, batch):
-            with tf.control_dependencies([tf.debugging.assert_less(index, tf.constant(step, tf.int64), "bad record")]):
-                return tf.nest.map_structure(tf.identity, batch)
-
-        batches = whole(*args, start_step=start_step, **kwargs)
-        return batches.enumerate(start_step).map(check) if start_step or kwargs["total_steps"] == STEPS else batches
-
-    data.train_batches = spoiled
-
-
-def _spoil_gradient(step: int) -> None:
-    """What a NaN gradient does: after the step all weights are NaN, though its loss was finite.
-
-    The gradient itself is left alone. To add to it changes the graph, and with it the last bits of the steps before.
-    """
-    from fliqs_tf import callbacks
-
-    after_step = callbacks.SearchCheckpoint.on_train_batch_end
-
-    def spoiled(self, batch, logs=None):
-        if self.step + batch - self.last_batch == step + 1:
-            for variable in self.model.trainable_variables:
-                variable.assign(variable * float("nan"))
-        after_step(self, batch, logs)
-
-    callbacks.SearchCheckpoint.on_train_batch_end = spoiled
-
-
-# ---- what drives it
 
 
 class Trial:
@@ -175,10 +47,10 @@ class Trial:
 
     def start(self, *flags, fault: str = "none", at: int = 0, resume: bool = False, **environment):
         """Starts the search."""
-        flags = [f"--run_dir={self.path}", *FLAGS, *flags, *(["--resume"] if resume else [])]
+        flags = [f"--run_dir={self.path}", *flags, *(["--resume"] if resume else [])]
         if not environment:
-            return Forked(lambda: worker(fault, at, flags))
-        command = [sys.executable, __file__, "worker", fault, str(at), *flags]
+            return Forked(lambda: fault_worker.run(fault, at, flags))
+        command = [sys.executable, "-m", "binaries.fault_worker", fault, str(at), *flags]
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -201,7 +73,7 @@ class Trial:
         """What must be the same bits."""
         import h5py
 
-        found = {"checkpoint": (self.path / "checkpoints" / f"step-{STEPS:08d}.ckpt").read_bytes()}
+        found = {"checkpoint": (self.path / "checkpoints" / f"step-{fault_worker.STEPS:08d}.ckpt").read_bytes()}
         found["recipe"] = json.dumps(json.loads((self.path / "recipe.json").read_text())["formats"]).encode()
         with zipfile.ZipFile(self.path / "model.keras") as archive:
             weights = h5py.File(io.BytesIO(archive.read("model.weights.h5")))
@@ -286,7 +158,6 @@ class Faults:
     def __init__(self, directory: pathlib.Path, seed: int):
         self.directory, self.random = directory, random.Random(seed)
         self.count = 0
-        sys.path.insert(0, str(ROOT))
         importlib.import_module("binaries.search")  # not more than import: no device is in use when processes fork
         begin = time.monotonic()
         reference = self.trial()
@@ -351,7 +222,7 @@ class Faults:
         if self.random.random() < 0.3:
             time.sleep(self.random.uniform(0, 1) * self.seconds)
             return
-        step = self.random.randrange(trial.checkpoint_step(), STEPS + 1)
+        step = self.random.randrange(trial.checkpoint_step(), fault_worker.STEPS + 1)
         while trial.checkpoint_step() < step and process.poll() is None:
             time.sleep(0.001)
         time.sleep(self.random.uniform(0, 0.5))
@@ -514,7 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        worker(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
-    else:
-        main()
+    main()
