@@ -193,9 +193,9 @@ class Faults:
         inside = WRITES[: max(1, kills * 3 // 10)]
         every, same = [], 0
         while len(every) < kills - len(inside):
-            # Killed again and again until it comes to its end.
+            # Killed again and again until nothing is left to train.
             trial, steps = self.trial(), []
-            while len(every) + len(steps) < kills - len(inside):
+            while len(every) + len(steps) < kills - len(inside) and fault_worker.STEPS not in steps:
                 began = (trial.path / "flags.json").exists()
                 if not began:
                     shutil.rmtree(trial.path, ignore_errors=True)
@@ -222,10 +222,11 @@ class Faults:
         if self.random.random() < 0.3:
             time.sleep(self.random.uniform(0, 1) * self.seconds)
             return
-        step = self.random.randrange(trial.checkpoint_step(), fault_worker.STEPS + 1)
+        now = trial.checkpoint_step()
+        step = self.random.randrange(now, min(now + 25, fault_worker.STEPS + 1))
         while trial.checkpoint_step() < step and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(self.random.uniform(0, 0.5))
+        time.sleep(self.random.uniform(0, 0.05))  # a few steps
 
     def preemption(self, kills: int):
         """SIGTERM while it trains."""

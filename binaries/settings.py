@@ -13,7 +13,7 @@ import models
 from binaries import data as datasets
 from binaries import devices
 from fliqs_tf import loading
-from fliqs_tf._keras import keras
+from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.files import read_json
 
 FLAGS = flags.FLAGS
@@ -50,6 +50,9 @@ def define_training_flags() -> None:
 
 def set_up_process() -> None:
     """Seeds, and determinism if asked for."""
+    if not IS_KERAS_3:
+        # What Dropout draws otherwise has no state that a checkpoint could keep.
+        keras.backend.experimental.enable_tf_random_generator()
     keras.utils.set_random_seed(FLAGS.seed)
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
