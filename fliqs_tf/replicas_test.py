@@ -52,6 +52,12 @@ def compiled(**options):
     return qmodel
 
 
+def batches(*arrays):
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread keeps an iterator from ending for seconds
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(16).with_options(options)
+
+
 class EveryReplica(keras.callbacks.Callback):
     """Keeps what each replica holds after every step."""
 
@@ -73,14 +79,11 @@ def searched(strategy, held_out, epochs=2, **options):
         qmodel = compiled(quality_every=1, quality_samples=2, **options)
     seen = EveryReplica()
     qmodel.fit(
-        IMAGES[:48],
-        LABELS[:48],
-        batch_size=16,
+        batches(IMAGES[:48], LABELS[:48]),
         epochs=epochs,
-        shuffle=False,
         verbose=0,
         callbacks=[seen],
-        quality_data=tf.data.Dataset.from_tensor_slices(QUALITY).batch(16) if held_out else None,
+        quality_data=batches(*QUALITY) if held_out else None,
     )
     return qmodel, seen.steps
 
