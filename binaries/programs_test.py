@@ -152,11 +152,16 @@ def test_text_is_searched_and_trained(tmp_path):
     # What follows is known everywhere but in the first letters of a window: far below the 4.3 bits of a random letter.
     assert 0 < result["bits_per_character"] < 1.5
     status, output, errors = run(
-        "search.py", f"--run_dir={tmp_path / 'search'}", f"--references={tmp_path / 'float'}", *flags
+        "search.py",
+        f"--run_dir={tmp_path / 'search'}",
+        f"--references={tmp_path / 'float'}",
+        "--embeddings",
+        "--attention_scores",
+        *flags,
     )
     assert status == 0, errors
     recipe = json.loads((tmp_path / "search" / "recipe.json").read_text())
-    assert len(recipe["formats"]) == 25 and recipe["formats"].keys() >= {"block4_attention/attention_output"}
+    assert len(recipe["formats"]) == 34 and recipe["formats"].keys() >= {"tokens", "block4_attention/scores"}
     assert abs(recipe["cost"] / recipe["target_cost"] - 1) < 0.05
     assert 0 < recipe["bits_per_character"] < 1.5 and "bits/char" in output
 
@@ -179,6 +184,8 @@ BAD_FLAGS = [
     (["--dataset=cifar10", "--data_dir=/nonexistent"], "cifar10 is not prepared in"),
     (["--holdout=0"], "needs held-out data: set --holdout above 0"),
     (["--model=resnet9000"], "resnet20"),
+    (["--embeddings"], "no Embedding"),
+    (["--attention_scores"], "no MultiHeadAttention"),
     (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
     (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
     (["--strategy=mirrored", "--devices=3"], "--batch_size=64 must be a multiple of the 3 replicas"),

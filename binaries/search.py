@@ -108,6 +108,7 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
             target=FLAGS.target,
             granularity=FLAGS.granularity,
             tensors=FLAGS.tensors,
+            **settings.options_of_layers(),
         )
         cost, target = _cost_and_target(model)
         model.compile(

@@ -42,6 +42,8 @@ def define_training_flags() -> None:
     flags.DEFINE_float("checkpoint_every_minutes", None, "Minutes between checkpoints, besides.", lower_bound=0.01)
     flags.DEFINE_integer("keep_checkpoints", 3, "How many checkpoints stay.", lower_bound=1)
     devices.define_flags()
+    flags.DEFINE_bool("embeddings", False, "Quantize embedding tables too.")
+    flags.DEFINE_bool("attention_scores", False, "Quantize, and count, the two products of activations in attention.")
     flags.DEFINE_integer("epochs", 60, "Passes over the training data.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 0.1, "Peak rate; it falls to 0 by a cosine.", lower_bound=0)
     flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "Stochastic gradient descent with momentum, or AdamW.")
@@ -64,6 +66,11 @@ def load_data() -> datasets.Data | datasets.text.Text:
         return datasets.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.seed, FLAGS.holdout, FLAGS.image_size)
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(str(error))
+
+
+def options_of_layers() -> dict[str, bool]:
+    """What is quantized besides kernels, by the flags; arguments of `fliqs_tf.wrap` and `fliqs_tf.apply`."""
+    return {"embeddings": FLAGS.embeddings, "attention_scores": FLAGS.attention_scores}
 
 
 def build_network(data) -> keras.Model:

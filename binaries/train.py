@@ -96,7 +96,9 @@ def formatted(network) -> tuple[str, keras.Model]:
             return "recipe", fliqs_tf.apply(network, fliqs_tf.Recipe.load(FLAGS.recipe))
         if FLAGS.format.lower() == "float":
             return "float", network
-        return f"uniform {fliqs_tf.Format(FLAGS.format)}", fliqs_tf.apply(network, FLAGS.format)
+        return f"uniform {fliqs_tf.Format(FLAGS.format)}", fliqs_tf.apply(
+            network, FLAGS.format, **settings.options_of_layers()
+        )
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 
