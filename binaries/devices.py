@@ -76,15 +76,6 @@ def strategy() -> tf.distribute.Strategy:
     return tf.distribute.get_strategy()
 
 
-def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process writes: of several workers the first one does."""
-    resolver = strategy.cluster_resolver
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) or not resolver.task_type:
-        return True
-    has_chief = "chief" in resolver.cluster_spec().as_dict()
-    return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
-
-
 @dataclasses.dataclass(frozen=True)
 class Share:
     """Which rows of every global batch a pipeline makes.

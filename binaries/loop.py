@@ -8,7 +8,6 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-import numpy as np
 from absl import flags
 
 import fliqs_tf
@@ -101,14 +100,12 @@ def train(
 
 def _restored(model, run: RunDir | None, directory: pathlib.Path, total: int) -> int:
     """Restores the newest checkpoint, and returns its step, 0 without one. The workers have theirs from the first."""
-    start, workers = 0, replicas.Workers(model.distribute_strategy)
+    workers = replicas.Workers(model.distribute_strategy)
+    try:
+        start = checkpoints.restore_newest(directory, model, workers) or 0
+    except ValueError as error:
+        sys.exit(str(error))
     if run is not None:
-        try:
-            start = checkpoints.restore_newest(directory, model) or 0
-        except ValueError as error:
-            sys.exit(str(error))
         run.keep_metrics_until(start)
         print(f"Going on from step {start} of {total}.", flush=True)
-    start = int(workers.first(np.array(start)))
-    checkpoints.take_from_first(model, workers)
     return start

@@ -79,7 +79,7 @@ def main(argv):
         model = build(data, total)  # before --overwrite removes anything
     path = FLAGS.run_dir or f"runs/{FLAGS.dataset}_{FLAGS.model}_search"
     # Of several workers the first one alone writes.
-    run = RunDir(path, resume=FLAGS.resume, overwrite=FLAGS.overwrite) if devices.is_chief(strategy) else None
+    run = RunDir(path, resume=FLAGS.resume, overwrite=FLAGS.overwrite) if replicas.Workers(strategy).is_first else None
     with run.explained() if run else contextlib.nullcontext():
         if run:
             write_json(run / "flags.json", settings.flag_values())

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -79,8 +80,13 @@ def files(directory: str | os.PathLike) -> list[pathlib.Path]:
     return sorted(steps, key=steps.get)
 
 
-def restore_newest(directory: str | os.PathLike, model) -> int | None:
+def restore_newest(directory: str | os.PathLike, model, workers=None) -> int | None:
     """Restores the newest checkpoint that is whole; damaged ones are passed over with a warning.
+
+    Args:
+      directory: Of the checkpoints. Of several workers only the first one's is looked at.
+      model: A compiled model.
+      workers: `replicas.Workers`, where several restore together: the others are given what the first one reads.
 
     Returns:
       Its step, or None if there is no whole checkpoint.
@@ -88,15 +94,34 @@ def restore_newest(directory: str | os.PathLike, model) -> int | None:
     Raises:
       ValueError: A whole checkpoint is of another model.
     """
-    for path in reversed(files(directory)):
-        try:
-            header, data = _read(path)
-        except ValueError as error:
-            _LOG.warning("%s; taking the one before.", error)
-            continue
-        _restore(path, header, data, model)
-        return int(header["step"])
-    return None
+    # All workers must make variables, read and assign them together: that may need all of them.
+    variables = _variables(model)
+    header, data = None, None
+    if workers is None or workers.is_first:
+        for path in reversed(files(directory)):
+            try:
+                header, data = _read(path)
+            except ValueError as error:
+                _LOG.warning("%s; taking the one before.", error)
+                continue
+            _check(path, header, variables)
+            break
+    step = -1 if header is None else int(header["step"])
+    if workers is not None:
+        step = int(workers.first(np.array(step)))
+    if step < 0:
+        return None
+    offset = 0
+    for variable in variables:
+        dtype = tf.as_dtype(variable.dtype).as_numpy_dtype
+        count = math.prod(variable.shape)
+        if data is None:
+            array = np.zeros(count, dtype)
+        else:
+            array = np.frombuffer(data, dtype, count, offset)
+            offset += array.nbytes
+        variable.assign((array if workers is None else workers.first(array)).reshape(variable.shape))
+    return step
 
 
 def _read(path: pathlib.Path) -> tuple[dict, memoryview]:
@@ -109,8 +134,7 @@ def _read(path: pathlib.Path) -> tuple[dict, memoryview]:
     return json.loads(content[start : start + length]), memoryview(content)[start + length :]
 
 
-def _restore(path, header, data, model) -> None:
-    variables = _variables(model)
+def _check(path, header, variables) -> None:
     found = [(tuple(shape), dtype) for shape, dtype in header["arrays"]]
     expected = [(tuple(v.shape), tf.as_dtype(v.dtype).name) for v in variables]
     if found != expected:
@@ -118,24 +142,6 @@ def _restore(path, header, data, model) -> None:
             f"Checkpoint {path} is of another model, optimizer or space: it holds {len(found)} variables, "
             f"{len(expected)} are expected, or their shapes differ. Use the flags of the run that wrote it."
         )
-    offset = 0
-    for variable, (shape, name) in zip(variables, found):
-        dtype = tf.as_dtype(name).as_numpy_dtype
-        count = int(np.prod(shape, dtype=np.int64))
-        variable.assign(np.frombuffer(data, dtype, count, offset).reshape(shape))
-        offset += count * np.dtype(dtype).itemsize
-
-
-def take_from_first(model, workers) -> None:
-    """Gives all workers of a strategy what the first one has restored: they need not see its files.
-
-    Args:
-      model: A compiled model.
-      workers: `replicas.Workers`.
-    """
-    if workers.several:
-        for variable in _variables(model):
-            variable.assign(workers.first(np.array(tf.convert_to_tensor(variable))))
 
 
 def _variables(model) -> list:
@@ -157,9 +163,9 @@ def optimizer_scope(model):
 
 def _random_states(model) -> list:
     """Of layers that draw, such as Dropout, in tf_keras; Keras 3 has them among the variables of the model."""
-    strategy = getattr(model, "distribute_strategy", None)
-    if IS_KERAS_3 or strategy is None or strategy.num_replicas_in_sync > 1:
-        return []  # replicas draw differently, and only the first one's state could be read
+    if IS_KERAS_3:
+        return []
+    # Replicas share a state, and make it differ by their number where they draw.
     generators = (getattr(layer, "_random_generator", None) for layer in model.submodules)
     found = {id(g): getattr(g, "_generator", None) for g in generators if g is not None}
     return [generator.state for generator in found.values() if generator is not None]

@@ -15,7 +15,7 @@ from fliqs_tf import carriers, deployed, topology, trace
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.export_steps import Graph, Grid, Linear, Step, ones
 from fliqs_tf.formats import Format
-from fliqs_tf.kernel_rounding import KernelRounding
+from fliqs_tf.kernel_rounding import ROUNDINGS
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
 
@@ -338,7 +338,7 @@ _READERS = {
     _LAYERS.Reshape: lambda layer, path, inputs: ("reshape", {}),
     _LAYERS.ZeroPadding2D: _padding,
     _LAYERS.UpSampling2D: _upsampling,
-    KernelRounding: lambda layer, path, inputs: ("identity", {}),
+    **dict.fromkeys(ROUNDINGS, lambda layer, path, inputs: ("identity", {})),
     **{layer: lambda layer, path, inputs: ("identity", {}) for layer in carriers.IDENTITIES},
 }
 

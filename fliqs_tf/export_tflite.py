@@ -22,7 +22,7 @@ import numpy as np
 from fliqs_tf import carriers, export_graph, files, tflite_file, trace
 from fliqs_tf._keras import check_model
 from fliqs_tf.export_steps import Graph, Grid, Linear, Step, ones
-from fliqs_tf.kernel_rounding import KernelRounding, units
+from fliqs_tf.kernel_rounding import ROUNDINGS, KernelRounding, MeanRounding, units
 from fliqs_tf.tflite_file import TfliteFile
 
 _ACTIVATION = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType of the schema
@@ -58,14 +58,14 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    model = carriers.with_carriers(carriers.without(final, KernelRounding))
+    model = carriers.with_carriers(carriers.without(final, ROUNDINGS))
     carriers.calibrate(model, representative)
     export_graph.settle(model)
     writer = _Writer(export_graph.steps(model), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return _with_kernel_rounding(model, writer.rounded_twice)
+    return _with_kernel_rounding(model, writer)
 
 
 def as_shipped(model):
@@ -74,17 +74,22 @@ def as_shipped(model):
     export_graph.settle(model)
     writer = _Writer(export_graph.steps(model), int4=True)
     writer.run()
-    return _with_kernel_rounding(model, writer.rounded_twice)
+    return _with_kernel_rounding(model, writer)
 
 
-def _with_kernel_rounding(model, units: dict[str, np.ndarray]):
-    """A copy of a model that rounds behind the layers of these paths as LiteRT's int4 convolutions do."""
-    layers = {path: KernelRounding(len(unit), name=f"{path.replace('/', '_')}_kernel") for path, unit in units.items()}
-    copy = carriers.with_added(model, {path: [layer] for path, layer in layers.items()})
+def _with_kernel_rounding(model, writer: _Writer):
+    """A copy of a model that rounds behind some layers as the kernels do that the writer chose for them."""
+    twice = {path: KernelRounding(len(unit), name=_kernel_name(path)) for path, unit in writer.rounded_twice.items()}
+    means = {path: MeanRounding(*numbers, name=_kernel_name(path)) for path, numbers in writer.means.items()}
+    copy = carriers.with_added(model, {path: [layer] for path, layer in {**twice, **means}.items()})
     by_name = {layer.name: layer for _, layer in trace.walk(copy)}
-    for path, layer in layers.items():
-        by_name[layer.name].unit.assign(units[path])
+    for path, layer in twice.items():
+        by_name[layer.name].unit.assign(writer.rounded_twice[path])
     return copy
+
+
+def _kernel_name(path: str) -> str:
+    return f"{path.replace('/', '_')}_kernel"
 
 
 class _Writer:
@@ -93,6 +98,7 @@ class _Writer:
     def __init__(self, graph: Graph, int4: bool):
         self.graph, self.int4 = graph, int4
         self.rounded_twice: dict[str, np.ndarray] = {}  # last layer of a step -> unit of its first rounding
+        self.means: dict[str, tuple] = {}  # last layer of a step -> arguments of its MeanRounding
         self.file = TfliteFile()
         self.readers = graph.readers()
         self.floats: dict[int, int] = {}  # value -> float32 tensor
@@ -353,6 +359,10 @@ class _Writer:
         axes = self.constant("axes", [1, 2], np.int32)
         source = self.as_codes(step.inputs[0], grids[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
+        height, width, _ = step.shapes[0]
+        read = np.float32(self.meaning(grids[0]).scale)
+        multiplier = read / np.float32(meaning.scale) / np.float32(height * width)
+        self.means[step.last or step.path] = (float(read) / (height * width), multiplier, meaning.scale)
 
     def integer_add(self, step, grids, tensor, meaning):
         self._binary("ADD", step, grids, tensor)

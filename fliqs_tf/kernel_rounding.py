@@ -1,8 +1,11 @@
-"""The rounding of LiteRT's int4 convolutions, as a Keras layer.
+"""Roundings of integer kernels that a float computation followed by a quantizer does not do, as Keras layers.
 
-They turn an accumulator into an output code in two steps: to multiples of 2^-n of a code, then to codes, halves up. n
-depends on the scales of the channel. Up to a few values in a hundred end one code off the nearest. XNNPACK's int8
-kernels round once; it has none for int4 convolutions, nor for int4 matrices with an odd number of rows.
+LiteRT's int4 convolutions turn an accumulator into an output code in two steps: to multiples of 2^-n of a code, then to
+codes, halves up. n depends on the scales of the channel. Up to a few values in a hundred end one code off the nearest.
+XNNPACK's int8 kernels round once; it has none for int4 convolutions, nor for int4 matrices with an odd number of rows.
+
+A mean of 64 codes lies in the middle between two codes one time in 64. XNNPACK rounds sum * multiplier, in float32 and
+halves to even; a mean in float32 ends a little beside the middle, on either side.
 """
 
 from __future__ import annotations
@@ -37,6 +40,34 @@ class KernelRounding(keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "channels": self.channels}
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class MeanRounding(keras.layers.Layer):
+    """Rounds means of codes as XNNPACK does.
+
+    Args:
+      unit: What one code more in the sum adds to the mean.
+      multiplier: Sum of codes -> output code, a float32.
+      scale: What an output code is worth.
+    """
+
+    def __init__(self, unit: float, multiplier: float, scale: float, **kwargs):
+        super().__init__(**kwargs)
+        self.unit, self.multiplier, self.scale = float(unit), float(multiplier), float(scale)
+        self.built = True
+
+    def call(self, x):
+        return tf.round(tf.round(x / self.unit) * self.multiplier) * self.scale
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "unit": self.unit, "multiplier": self.multiplier, "scale": self.scale}
+
+
+ROUNDINGS = (KernelRounding, MeanRounding)
 
 
 def units(multipliers: np.ndarray, scale: float) -> np.ndarray:

@@ -55,12 +55,17 @@ class Workers:
 
     Args:
       strategy: With one process there is nothing to tell, and nothing is sent.
+
+    Attributes:
+      several: Whether there is more than one.
+      is_first: Whether this is the first one, or the only one: it writes what is written once.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy):
         self.several = (
             isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.num_replicas_in_sync > 1
         )
+        self.is_first = not self.several or _is_first(strategy.cluster_resolver)
         signature = [tf.TensorSpec([None], tf.float32)]
         local = strategy.experimental_local_results
         first = tf.function(lambda x: strategy.run(of_first, (x,)), signature, autograph=False)
@@ -82,6 +87,11 @@ class Workers:
         if not self.several:
             return list(flags)
         return (self._average(tf.constant(flags, tf.float32)) > 0).tolist()
+
+
+def _is_first(resolver) -> bool:
+    has_chief = "chief" in resolver.cluster_spec().as_dict()
+    return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
 
 
 def _reduce(operation, value):

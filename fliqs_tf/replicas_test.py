@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import replicas
+from fliqs_tf import checkpoints, replicas
 from fliqs_tf._keras import IS_KERAS_3, check_strategy, keras
 
 RNG = np.random.default_rng(0)
@@ -118,7 +118,27 @@ def worker(path):
     """What one of two processes does."""
     qmodel, steps = searched(tf.distribute.MultiWorkerMirroredStrategy(), True)
     logs = qmodel.history.history
-    np.savez(path, weights=weights(qmodel), logits=[step[0][0] for step in steps], cost=logs["cost"], loss=logs["loss"])
+    results = {"weights": weights(qmodel), "logits": [step[0][0] for step in steps]}
+    strategy = qmodel.distribute_strategy
+    workers = replicas.Workers(strategy)
+    with strategy.scope():
+        saved, restored = (normalized(seed) for seed in (1, 2))
+    # The other one sees no file.
+    directory = f"{path}.checkpoints"
+    checkpoints.save(directory, saved, 7, write=workers.is_first)
+    step = checkpoints.restore_newest(directory, restored, workers)
+    results |= {"saved": np.concatenate([np.ravel(w) for w in saved.get_weights()]), "step": step}
+    results |= {"restored": np.concatenate([np.ravel(w) for w in restored.get_weights()])}
+    np.savez(path, cost=logs["cost"], loss=logs["loss"], **results)
+
+
+def normalized(seed):
+    """A network with statistics that each worker keeps for itself."""
+    rng = np.random.default_rng(seed)
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()])
+    model.set_weights([rng.uniform(1, 2, w.shape) for w in model.get_weights()])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9))
+    return model
 
 
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 does not train under MultiWorkerMirroredStrategy")
@@ -147,6 +167,8 @@ def test_two_processes_end_as_one(tmp_path):
     first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert first["step"] == 7 and len(first["saved"]) == 27
+    np.testing.assert_array_equal(first["restored"], first["saved"])
     for logits, (expected, *_) in zip(first["logits"], steps, strict=True):
         np.testing.assert_allclose(tf.nn.softmax(logits), tf.nn.softmax(expected[0]), atol=2e-3)
     np.testing.assert_allclose(first["weights"], weights(one), rtol=1e-4, atol=1e-5)
