@@ -22,7 +22,7 @@ import numpy as np
 from fliqs_tf import carriers, export_graph, files, tflite_file, trace
 from fliqs_tf._keras import check_model
 from fliqs_tf.export_steps import Graph, Grid, Linear, Step, ones
-from fliqs_tf.kernel_rounding import ROUNDINGS, KernelRounding, MeanRounding, units
+from fliqs_tf.kernel_rounding import ROUNDINGS, AccumulatorRounding, KernelRounding, grains
 from fliqs_tf.tflite_file import TfliteFile
 
 _ACTIVATION = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType of the schema
@@ -65,7 +65,7 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return _with_kernel_rounding(model, writer)
+    return _with_kernel_rounding(model, writer.roundings)
 
 
 def as_shipped(model):
@@ -74,17 +74,17 @@ def as_shipped(model):
     export_graph.settle(model)
     writer = _Writer(export_graph.steps(model), int4=True)
     writer.run()
-    return _with_kernel_rounding(model, writer)
+    return _with_kernel_rounding(model, writer.roundings)
 
 
-def _with_kernel_rounding(model, writer: _Writer):
-    """A copy of a model that rounds behind some layers as the kernels do that the writer chose for them."""
-    twice = {path: KernelRounding(len(unit), name=_kernel_name(path)) for path, unit in writer.rounded_twice.items()}
-    means = {path: MeanRounding(*numbers, name=_kernel_name(path)) for path, numbers in writer.means.items()}
-    copy = carriers.with_added(model, {path: [layer] for path, layer in {**twice, **means}.items()})
+def _with_kernel_rounding(model, roundings: dict[str, tuple[type, dict]]):
+    """A copy of a model that rounds behind its layers as the kernels do that the writer chose for them."""
+    layers = {path: kind(len(state["unit"]), name=_kernel_name(path)) for path, (kind, state) in roundings.items()}
+    copy = carriers.with_added(model, {path: [layer] for path, layer in layers.items()})
     by_name = {layer.name: layer for _, layer in trace.walk(copy)}
-    for path, layer in twice.items():
-        by_name[layer.name].unit.assign(writer.rounded_twice[path])
+    for path, layer in layers.items():
+        for name, value in roundings[path][1].items():
+            getattr(by_name[layer.name], name).assign(value)
     return copy
 
 
@@ -97,8 +97,9 @@ class _Writer:
 
     def __init__(self, graph: Graph, int4: bool):
         self.graph, self.int4 = graph, int4
-        self.rounded_twice: dict[str, np.ndarray] = {}  # last layer of a step -> unit of its first rounding
-        self.means: dict[str, tuple] = {}  # last layer of a step -> arguments of its MeanRounding
+        # Last layer of a step -> class and state of what rounds behind it. Of a separable convolution's two kernels
+        # the second one's: there is no place between them.
+        self.roundings: dict[str, tuple[type, dict]] = {}
         self.file = TfliteFile()
         self.readers = graph.readers()
         self.floats: dict[int, int] = {}  # value -> float32 tensor
@@ -314,7 +315,11 @@ class _Writer:
         narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
         if narrow and (linear.operation == "conv" or codes.shape[0] % 2):
             multipliers = float(meaning.scale) * scale.astype(np.float32).astype(np.float64) / float(target.scale)
-            self.rounded_twice[step.last or step.path] = units(multipliers, float(target.scale))
+            unit = np.float32(meaning.scale) * scale.astype(np.float32)
+            state = {"unit": unit, "grain": grains(multipliers, float(target.scale))}
+            self.roundings[step.last or step.path] = (KernelRounding, state)
+        else:
+            self.rounds_once(step, meaning.scale, scale, target)
         weights = self.constant(
             f"{step.path}/weights",
             _arranged(linear.operation, codes),
@@ -360,9 +365,14 @@ class _Writer:
         source = self.as_codes(step.inputs[0], grids[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
         height, width, _ = step.shapes[0]
-        read = np.float32(self.meaning(grids[0]).scale)
-        multiplier = read / np.float32(meaning.scale) / np.float32(height * width)
-        self.means[step.last or step.path] = (float(read) / (height * width), multiplier, meaning.scale)
+        self.rounds_once(step, self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning)
+
+    def rounds_once(self, step, read: np.float32, weights: np.ndarray, target) -> None:
+        """Notes how the step's kernel rounds: weights are the scales of its codes."""
+        weights = weights.astype(np.float32)
+        unit, scale = np.float32(read) * weights, np.float32(target.scale)
+        state = {"unit": unit, "multiplier": unit / scale, "scale": scale}
+        self.roundings[step.last or step.path] = (AccumulatorRounding, state)
 
     def integer_add(self, step, grids, tensor, meaning):
         self._binary("ADD", step, grids, tensor)

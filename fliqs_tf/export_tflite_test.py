@@ -9,7 +9,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf import carriers, deployed, export_graph, trace
 from fliqs_tf._keras import keras
-from fliqs_tf.kernel_rounding import MeanRounding
+from fliqs_tf.kernel_rounding import AccumulatorRounding
 from fliqs_tf.quantizers import ActivationQuantizer
 
 L = keras.layers
@@ -268,7 +268,7 @@ def test_means_half_way_between_two_codes(tmp_path):
                 quantizer.range.assign([127 * np.float32(0.05), 1])
     x *= np.float32(0.05)
     exact = fliqs_tf.export.tflite(final, tmp_path / "file.tflite")
-    (rounding,) = (layer for layer in exact.layers if isinstance(layer, MeanRounding))
+    _, rounding, _ = (layer for layer in exact.layers if isinstance(layer, AccumulatorRounding))
     codes = np.rint(x / np.float32(0.05))
     means = np.rint(codes.sum((1, 2)) / 4)  # halves to even
     np.testing.assert_allclose(keras.Model(exact.inputs, rounding.output)(x), means * np.float32(0.05), rtol=1e-6)
