@@ -29,7 +29,6 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("steps_per_execution", 1, "Steps between returns to Python; a TPU wants 100.", lower_bound=1)
     flags.DEFINE_bool("sample_per_replica", False, "Each replica draws formats of its own.")
-    flags.DEFINE_integer("worker_timeout", 600, "Seconds after which a silent worker counts as lost.", lower_bound=1)
 
 
 def strategy() -> tf.distribute.Strategy:
@@ -60,9 +59,9 @@ def strategy() -> tf.distribute.Strategy:
                 '\'{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}\'.'
             )
         try:
-            # A worker that is gone stops the others with an error instead of leaving them to wait.
-            options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=FLAGS.worker_timeout)
-            return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+            # A worker that is gone stops the others by its heartbeats. No timeout_seconds besides: every collective
+            # operation would leave a thread behind that sleeps for so long, 40 a step, until no more can be made.
+            return tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, tf.errors.OpError) as error:
             sys.exit(f"The cluster of TF_CONFIG does not come together: {error}")
     if kind == "tpu":
