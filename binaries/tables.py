@@ -146,7 +146,7 @@ def obstacles_table(name, platform, obstacles):
 class ProgressBar(keras.callbacks.Callback):
     """How far a run is, what it reads, and the time left over all its epochs.
 
-    On a terminal one line that changes; elsewhere a plain line per epoch.
+    On a terminal one line that changes; elsewhere a plain line per epoch, and per minute.
 
     Args:
       total_steps: of the whole run, over all calls of `fit`.
@@ -156,13 +156,14 @@ class ProgressBar(keras.callbacks.Callback):
 
     SHOWN = ("loss", "accuracy", "cost", "entropy")
     SECONDS_BETWEEN_UPDATES = 0.25
+    SECONDS_BETWEEN_LINES = 60
 
     def __init__(self, total_steps, start_step=0, console=None):
         super().__init__()
         self.total_steps, self.step = total_steps, start_step
         self.console = console or rich.console.Console()
         self.bar = self.first = None
-        self.shown_at = 0.0
+        self.shown_at = time.monotonic()
 
     def on_train_begin(self, logs=None):
         if not self.console.is_terminal:
@@ -192,16 +193,11 @@ class ProgressBar(keras.callbacks.Callback):
             # The first step compiles: it says nothing about the others.
             self.first = (self.step, now)
         # Reading the logs waits for the step to end, so not at every step.
-        if self.bar and now - self.shown_at >= self.SECONDS_BETWEEN_UPDATES:
+        if now - self.shown_at >= (self.SECONDS_BETWEEN_UPDATES if self.bar else self.SECONDS_BETWEEN_LINES):
             self._show(logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        if self.bar:
-            self._show(logs)
-        else:
-            parts = [f"epoch {self.epoch}/{self._epochs()}", f"step {self.step}/{self.total_steps}", readings(logs)]
-            line = "  ".join(part for part in (*parts, self.time_left()) if part)
-            self.console.print(rich.text.Text(line), soft_wrap=True)
+        self._show(logs)
 
     def on_train_end(self, logs=None):
         if self.bar:
@@ -220,14 +216,12 @@ class ProgressBar(keras.callbacks.Callback):
 
     def _show(self, logs):
         self.shown_at = time.monotonic()
-        self.bar.update(
-            self.task,
-            completed=self.step,
-            epoch=f"epoch {self.epoch}/{self._epochs()}",
-            left=self.time_left(),
-            readings=readings(logs),
-            refresh=True,
-        )
+        epoch, left, values = f"epoch {self.epoch}/{self._epochs()}", self.time_left(), readings(logs)
+        if self.bar:
+            self.bar.update(self.task, completed=self.step, epoch=epoch, left=left, readings=values, refresh=True)
+        else:
+            parts = [epoch, f"step {self.step}/{self.total_steps}", values, left]
+            self.console.print(rich.text.Text("  ".join(part for part in parts if part)), soft_wrap=True)
 
 
 def readings(logs):

@@ -139,6 +139,22 @@ def test_a_plain_line_per_epoch_where_there_is_no_terminal():
     assert "\x1b" not in first + second
 
 
+def test_a_plain_line_per_minute_of_a_long_epoch(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
+    bar = tables.ProgressBar(1000, console=console(False))
+    bar.set_params({"epochs": 1})
+    bar.on_train_begin()
+    bar.on_epoch_begin(0)
+    for batch in range(80):
+        bar.on_train_batch_end(batch, {"loss": 1.0})
+        now[0] += 2
+    assert bar.console.file.getvalue().splitlines() == [
+        "epoch 1/1  step 31/1000  loss 1.00  32 min 18 s left",
+        "epoch 1/1  step 61/1000  loss 1.00  31 min 18 s left",
+    ]
+
+
 def test_a_bar_on_a_terminal():
     bar = tables.ProgressBar(10, console=console(True))
     fit(bar)
@@ -182,6 +198,7 @@ def test_time_left_is_that_of_the_whole_run(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
     bar = tables.ProgressBar(1000, start_step=400, console=console(False))
+    bar.set_params({"epochs": 10})
     bar.on_epoch_begin(4)
     now[0] += 60  # the first step compiles
     bar.on_train_batch_end(0, {})

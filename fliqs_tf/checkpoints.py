@@ -19,6 +19,7 @@ import struct
 import numpy as np
 import tensorflow as tf
 
+from fliqs_tf import replicas
 from fliqs_tf._keras import IS_KERAS_3
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -87,6 +88,7 @@ def restore_newest(directory: str | os.PathLike, model, workers=None) -> int | N
       directory: Of the checkpoints. Of several workers only the first one's is looked at.
       model: A compiled model.
       workers: `replicas.Workers`, where several restore together: the others are given what the first one reads.
+        None: this process alone.
 
     Returns:
       Its step, or None if there is no whole checkpoint.
@@ -94,34 +96,34 @@ def restore_newest(directory: str | os.PathLike, model, workers=None) -> int | N
     Raises:
       ValueError: A whole checkpoint is of another model.
     """
-    # All workers must make variables, read and assign them together: that may need all of them.
+    workers = workers or replicas.Workers(tf.distribute.get_strategy())
+    # All workers must make variables, and assign them, together: that may need all of them.
     variables = _variables(model)
-    header, data = None, None
-    if workers is None or workers.is_first:
-        for path in reversed(files(directory)):
-            try:
-                header, data = _read(path)
-            except ValueError as error:
-                _LOG.warning("%s; taking the one before.", error)
-                continue
-            _check(path, header, variables)
-            break
-    step = -1 if header is None else int(header["step"])
-    if workers is not None:
-        step = int(workers.first(np.array(step)))
+    header, data = _newest(directory, variables) if workers.is_first else (None, None)
+    step = int(workers.first(np.array(-1 if header is None else int(header["step"]))))
     if step < 0:
         return None
     offset = 0
     for variable in variables:
-        dtype = tf.as_dtype(variable.dtype).as_numpy_dtype
-        count = math.prod(variable.shape)
-        if data is None:
-            array = np.zeros(count, dtype)
-        else:
-            array = np.frombuffer(data, dtype, count, offset)
-            offset += array.nbytes
-        variable.assign((array if workers is None else workers.first(array)).reshape(variable.shape))
+        dtype, count = tf.as_dtype(variable.dtype).as_numpy_dtype, math.prod(variable.shape)
+        # The others bring something of the same size.
+        array = np.zeros(count, dtype) if data is None else np.frombuffer(data, dtype, count, offset)
+        offset += array.nbytes
+        variable.assign(workers.first(array).reshape(variable.shape))
     return step
+
+
+def _newest(directory, variables) -> tuple[dict | None, memoryview | None]:
+    """What the newest whole checkpoint holds."""
+    for path in reversed(files(directory)):
+        try:
+            header, data = _read(path)
+        except ValueError as error:
+            _LOG.warning("%s; taking the one before.", error)
+            continue
+        _check(path, header, variables)
+        return header, data
+    return None, None
 
 
 def _read(path: pathlib.Path) -> tuple[dict, memoryview]:

@@ -68,7 +68,7 @@ class Controller(keras.layers.Layer):
       normalize_advantage: REINFORCE: divide by the running deviation of the reward. Our choice: plain rates do not
         fit every unit of quality. False = the paper's form.
       sum_over_decisions: REINFORCE: log pi and H are sums over decisions (TuNAS), not means (reference code).
-      jit_compile: Compile the update by XLA. It may be part of a compiled function in any case.
+      jit_compile: Compile what an update spends its time in by XLA. It may be part of a compiled function in any case.
 
     Raises:
       ValueError: An argument out of range; says what is allowed.
@@ -160,9 +160,13 @@ class Controller(keras.layers.Layer):
         self._expected_cost, self._cost, self._reward = expected_cost, cost, rewards.get(reward)
         self.target.assign(float(target))
         self.total_steps.assign(int(total_steps))
-        learn = self._learn_critic if self.estimator == "critic" else self._learn_reinforce
-        # Reads no variable and assigns none: that is done outside, where a replica of a strategy may do it.
-        self._learn = tf.function(learn, jit_compile=self.jit_compile and self.estimator != "critic", autograph=False)
+        # They read no variable and assign none: that is done outside, where a replica of a strategy may do it.
+        if self.estimator == "critic":
+            # Loops of small operations are many times faster when compiled. The rest is not, and starts sooner for it.
+            self._solve = tf.function(self._solve_critic, jit_compile=self.jit_compile, autograph=False)
+            self._learn = tf.function(self._learn_critic, autograph=False)
+        else:
+            self._learn = tf.function(self._learn_reinforce, jit_compile=self.jit_compile, autograph=False)
 
     # The schedule
 
@@ -308,18 +312,16 @@ class Controller(keras.layers.Layer):
         reward, moments, baseline = self._rewards(samples, quality, target, moments)
         before = critic.State(*state).updates
         state = critic.observe(critic.State(*state), samples, quality, self._critic_prior)
-        # Single readings come at every step and each tells little: the rest of the work is done for four at once.
-        due = tf.floor(state.updates / 4.0) > tf.floor(before / 4.0) if samples.shape[-2] == 1 else tf.constant(True)
-        # Loops of small operations, many times faster when compiled. The rest is not, and starts sooner for it.
-        solve = tf.function(self._solve, jit_compile=self.jit_compile, autograph=False)
-        state, logits = tf.cond(
-            due,
-            lambda: solve(list(state), logits, probabilities, target, frozen, shape),
-            lambda: (list(state), logits),
-        )
+        arguments = (list(state), logits, probabilities, target, frozen, shape)
+        if samples.shape[-2] == 1:
+            # Single readings come at every step and each tells little: the rest of the work is done for four at once.
+            due = tf.floor(state.updates / 4.0) > tf.floor(before / 4.0)
+            state, logits = tf.cond(due, lambda: self._solve(*arguments), lambda: (list(state), logits))
+        else:
+            state, logits = self._solve(*arguments)
         return state, logits, moments, tf.reduce_mean(reward), baseline
 
-    def _solve(self, state, logits, probabilities, target, frozen, shape):
+    def _solve_critic(self, state, logits, probabilities, target, frozen, shape):
         """Effects from what was observed, and the policy from them."""
         state = critic.solve(critic.State(*state), self._critic_prior)
         level = critic.level(state)

@@ -19,10 +19,9 @@ import os
 
 import numpy as np
 
-from fliqs_tf import carriers, export_graph, files, tflite_file, trace
+from fliqs_tf import carriers, export_graph, files, kernel_rounding, tflite_file
 from fliqs_tf._keras import check_model
 from fliqs_tf.export_steps import Graph, Grid, Linear, Step, ones
-from fliqs_tf.kernel_rounding import ROUNDINGS, AccumulatorRounding, KernelRounding, grains
 from fliqs_tf.tflite_file import TfliteFile
 
 _ACTIVATION = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType of the schema
@@ -58,14 +57,14 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    model = carriers.with_carriers(carriers.without(final, ROUNDINGS))
+    model = carriers.with_carriers(carriers.without(final, kernel_rounding.ROUNDINGS))
     carriers.calibrate(model, representative)
     export_graph.settle(model)
     writer = _Writer(export_graph.steps(model), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return _with_kernel_rounding(model, writer.roundings)
+    return kernel_rounding.behind(model, writer.roundings)
 
 
 def as_shipped(model):
@@ -74,22 +73,7 @@ def as_shipped(model):
     export_graph.settle(model)
     writer = _Writer(export_graph.steps(model), int4=True)
     writer.run()
-    return _with_kernel_rounding(model, writer.roundings)
-
-
-def _with_kernel_rounding(model, roundings: dict[str, tuple[type, dict]]):
-    """A copy of a model that rounds behind its layers as the kernels do that the writer chose for them."""
-    layers = {path: kind(len(state["unit"]), name=_kernel_name(path)) for path, (kind, state) in roundings.items()}
-    copy = carriers.with_added(model, {path: [layer] for path, layer in layers.items()})
-    by_name = {layer.name: layer for _, layer in trace.walk(copy)}
-    for path, layer in layers.items():
-        for name, value in roundings[path][1].items():
-            getattr(by_name[layer.name], name).assign(value)
-    return copy
-
-
-def _kernel_name(path: str) -> str:
-    return f"{path.replace('/', '_')}_kernel"
+    return kernel_rounding.behind(model, writer.roundings)
 
 
 class _Writer:
@@ -313,13 +297,9 @@ class _Writer:
         """The operation of integer weights."""
         axis = 3 if linear.operation == "depthwise" else 0
         narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
-        if narrow and (linear.operation == "conv" or codes.shape[0] % 2):
-            multipliers = float(meaning.scale) * scale.astype(np.float32).astype(np.float64) / float(target.scale)
-            unit = np.float32(meaning.scale) * scale.astype(np.float32)
-            state = {"unit": unit, "grain": grains(multipliers, float(target.scale))}
-            self.roundings[step.last or step.path] = (KernelRounding, state)
-        else:
-            self.rounds_once(step, meaning.scale, scale, target)
+        is_litert = narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
+        rounding = kernel_rounding.twice if is_litert else kernel_rounding.once
+        self.roundings[step.last or step.path] = rounding(meaning.scale, scale, target.scale)
         weights = self.constant(
             f"{step.path}/weights",
             _arranged(linear.operation, codes),
@@ -365,20 +345,16 @@ class _Writer:
         source = self.as_codes(step.inputs[0], grids[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
         height, width, _ = step.shapes[0]
-        self.rounds_once(step, self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning)
-
-    def rounds_once(self, step, read: np.float32, weights: np.ndarray, target) -> None:
-        """Notes how the step's kernel rounds: weights are the scales of its codes."""
-        weights = weights.astype(np.float32)
-        unit, scale = np.float32(read) * weights, np.float32(target.scale)
-        state = {"unit": unit, "multiplier": unit / scale, "scale": scale}
-        self.roundings[step.last or step.path] = (AccumulatorRounding, state)
+        rounding = kernel_rounding.once(self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning.scale)
+        self.roundings[step.last or step.path] = rounding
 
     def integer_add(self, step, grids, tensor, meaning):
         self._binary("ADD", step, grids, tensor)
 
     def integer_multiply(self, step, grids, tensor, meaning):
         self._binary("MUL", step, grids, tensor)
+        left, right = (self.meaning(grid).scale for grid in grids)
+        self.roundings[step.last or step.path] = kernel_rounding.once(left, np.full(1, right), meaning.scale)
 
     def _binary(self, name, step, grids, tensor):
         left, right = (self.as_codes(value, grid) for value, grid in zip(step.inputs, grids))

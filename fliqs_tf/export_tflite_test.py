@@ -162,9 +162,11 @@ def test_file_computes_what_keras_does(name, formats, tmp_path):
     assert len(found) == 2 * len(final.outputs)
     for agreement in found:
         if agreement.kernels == "XNNPACK":
-            # A float32 sum beside a tie may turn a narrow code inside a mixed network: more than a step behind it.
-            assert (agreement.most if formats == "mixed" else agreement.largest) <= 1.01, agreement
-            assert agreement.equal >= 0.97, agreement
+            # The ranges come from these examples, so one value of a tensor is at the end of its range. Rounding before
+            # it may take it to -128 in the file; the format ends at -127. A float layer behind it spreads the step.
+            values = 24 * np.prod(final.outputs[found.index(agreement) % len(final.outputs)].shape[1:])
+            assert round((1 - agreement.equal) * values) <= 3, agreement
+            assert agreement.largest <= (1.3 if formats == "mixed" else 1.01), agreement
 
 
 def test_weights_ship_as_the_codes_that_were_trained(tmp_path):

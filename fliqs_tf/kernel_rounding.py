@@ -14,64 +14,29 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from fliqs_tf import carriers, trace
 from fliqs_tf._keras import add_state, keras
 
 
-@keras.saving.register_keras_serializable("fliqs_tf")
-class KernelRounding(keras.layers.Layer):
-    """Rounds to multiples of a unit per channel and leaves halves of an output code for the quantizer to round up.
-
-    Args:
-      channels: Number of channels, the last axis.
-
-    Attributes:
-      unit: [channels]; what one more in the accumulator is worth.
-      grain: [channels]; what the first step rounds to multiples of.
-    """
-
-    def __init__(self, channels, **kwargs):
-        super().__init__(**kwargs)
-        self.channels = channels
-        self.unit = add_state(self, "unit", (channels,), "float32", initial=1)
-        self.grain = add_state(self, "grain", (channels,), "float32", initial=1)
-        self.built = True
-
-    def call(self, x):
-        unit, grain = tf.convert_to_tensor(self.unit), tf.convert_to_tensor(self.grain)
-        # A quarter of a grain breaks the tie and is too small to do anything else.
-        return (tf.round(tf.round(x / unit) * (unit / grain)) + 0.25) * grain
-
-    def compute_output_shape(self, shape):
-        return shape
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "channels": self.channels}
-
-
-@keras.saving.register_keras_serializable("fliqs_tf")
-class AccumulatorRounding(keras.layers.Layer):
-    """Finds the accumulator behind a value and rounds as XNNPACK does: accumulator * multiplier, halves to even.
+class _Rounding(keras.layers.Layer):
+    """What the roundings share.
 
     Args:
       channels: Number of channels, the last axis; 1 if all are alike.
 
     Attributes:
       unit: [channels]; what one more in the accumulator is worth.
-      multiplier: [channels]; accumulator -> output code.
-      scale: What an output code is worth.
     """
 
     def __init__(self, channels, **kwargs):
         super().__init__(**kwargs)
         self.channels = channels
         self.unit = add_state(self, "unit", (channels,), "float32", initial=1)
-        self.multiplier = add_state(self, "multiplier", (channels,), "float32", initial=1)
-        self.scale = add_state(self, "scale", (), "float32", initial=1)
         self.built = True
 
-    def call(self, x):
-        unit, multiplier, scale = (tf.convert_to_tensor(v) for v in (self.unit, self.multiplier, self.scale))
-        return tf.round(tf.round(x / unit) * multiplier) * scale
+    def accumulator(self, x) -> tf.Tensor:
+        """The sum of products behind a value: a whole number."""
+        return tf.round(x / tf.convert_to_tensor(self.unit))
 
     def compute_output_shape(self, shape):
         return shape
@@ -80,18 +45,81 @@ class AccumulatorRounding(keras.layers.Layer):
         return {**super().get_config(), "channels": self.channels}
 
 
-ROUNDINGS = (KernelRounding, AccumulatorRounding)
+@keras.saving.register_keras_serializable("fliqs_tf")
+class AccumulatorRounding(_Rounding):
+    """Rounds as XNNPACK does: accumulator * multiplier, halves to even.
+
+    Attributes:
+      multiplier: [channels]; accumulator -> output code.
+      scale: What an output code is worth.
+    """
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(channels, **kwargs)
+        self.multiplier = add_state(self, "multiplier", (channels,), "float32", initial=1)
+        self.scale = add_state(self, "scale", (), "float32", initial=1)
+
+    def call(self, x):
+        multiplier, scale = tf.convert_to_tensor(self.multiplier), tf.convert_to_tensor(self.scale)
+        return tf.round(self.accumulator(x) * multiplier) * scale
 
 
-def grains(multipliers: np.ndarray, scale: float) -> np.ndarray:
-    """The grain of each channel.
+@keras.saving.register_keras_serializable("fliqs_tf")
+class KernelRounding(_Rounding):
+    """Rounds to multiples of a grain and leaves halves of an output code for the quantizer to round up.
+
+    Attributes:
+      grain: [channels]; what the first step rounds to multiples of.
+    """
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(channels, **kwargs)
+        self.grain = add_state(self, "grain", (channels,), "float32", initial=1)
+
+    def call(self, x):
+        unit, grain = tf.convert_to_tensor(self.unit), tf.convert_to_tensor(self.grain)
+        # A quarter of a grain breaks the tie and is too small to do anything else.
+        return (tf.round(self.accumulator(x) * (unit / grain)) + 0.25) * grain
+
+
+ROUNDINGS = (AccumulatorRounding, KernelRounding)
+
+
+def once(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]:
+    """Class and state of the rounding of XNNPACK's int8 kernels.
 
     Args:
-      multipliers: input scale * weight scale / output scale of each channel.
-      scale: Output scale.
-
-    Returns:
-      float32 array: scale * 2^-n, where 2^-n is the power of two at or above the multiplier, at most 1.
+      source, target: Scales of input and output codes.
+      weights: Scales of the weights' codes: [channels].
     """
-    _, exponents = np.frexp(multipliers)
-    return (scale * np.exp2(np.minimum(exponents, 0))).astype(np.float32)
+    # In float32 and in this order, as the kernels compute it.
+    unit, scale = np.float32(source) * weights.astype(np.float32), np.float32(target)
+    return AccumulatorRounding, {"unit": unit, "multiplier": unit / scale, "scale": scale}
+
+
+def twice(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]:
+    """Class and state of the rounding of LiteRT's int4 kernels; arguments as for `once`."""
+    weights = weights.astype(np.float32)
+    # The power of two at or above the multiplier, at most 1.
+    _, exponents = np.frexp(float(source) * weights.astype(np.float64) / float(target))
+    grain = (float(target) * np.exp2(np.minimum(exponents, 0))).astype(np.float32)
+    return KernelRounding, {"unit": np.float32(source) * weights, "grain": grain}
+
+
+def behind(model: keras.Model, roundings: dict[str, tuple[type, dict]]) -> keras.Model:
+    """A copy of a model that rounds behind its layers.
+
+    Args:
+      model: Functional or Sequential.
+      roundings: Path of a layer -> what `once` or `twice` gave.
+    """
+    layers = {
+        path: kind(len(state["unit"]), name=f"{path.replace('/', '_')}_kernel")
+        for path, (kind, state) in roundings.items()
+    }
+    copy = carriers.with_added(model, {path: [layer] for path, layer in layers.items()})
+    by_name = {layer.name: layer for _, layer in trace.walk(copy)}
+    for path, layer in layers.items():
+        for name, value in roundings[path][1].items():
+            getattr(by_name[layer.name], name).assign(value)
+    return copy

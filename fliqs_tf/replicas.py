@@ -90,6 +90,8 @@ class Workers:
 
 
 def _is_first(resolver) -> bool:
+    if not resolver.task_type:  # several devices, but one process
+        return True
     has_chief = "chief" in resolver.cluster_spec().as_dict()
     return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
 
