@@ -6,8 +6,8 @@ between uniform INT4 and uniform INT8. A reading of quality has noise of standar
 is shared by samples that are read on one batch. The critic is given the noise power of the formats on Gaussian data,
 as in a real search, and not the landscape's 4^-bits.
 
-Steps are training steps: the critic reads 4 samples on one batch at every 8th step, as a search does by default,
-or at every 4th; plain REINFORCE reads one sample at every step.
+Steps are training steps: the critic reads 4 samples on one batch at every 5th step, as a search does by default,
+or at every 8th; plain REINFORCE reads one sample at every step.
 
 The score is the share of the way from a random recipe of equal cost to the optimum of equal cost, in the landscape as
 it is at the end:
@@ -39,7 +39,7 @@ MENUS = {
 }
 CONTROLLERS = (
     "critic",
-    "critic, every 4 steps",
+    "critic, every 8 steps",
     "critic, single readings",
     "REINFORCE normalized",
     "REINFORCE reference",
@@ -174,7 +174,7 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
     noise = [Format(name).noise() for name in menu]
     sizes = [len(menu)] * decisions
     plain = {"estimator": "reinforce", "settle": 0.0}
-    readings = {"critic": (4, 8), "critic, every 4 steps": (4, 4), "critic, single readings": (1, 1)}
+    readings = {"critic": (4, 5), "critic, every 8 steps": (4, 8), "critic, single readings": (1, 1)}
     if kind in readings:
         controller = Controller(sizes, prior=[[2 * n for n in noise]] * decisions if prior else None)
         return controller, rewards.Absolute(), *readings[kind]

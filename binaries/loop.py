@@ -12,12 +12,37 @@ from absl import flags
 
 import fliqs_tf
 from binaries import data as datasets
-from binaries import devices, tables
+from binaries import devices, settings, tables
 from binaries.preemption import STATUS, Preemption
 from binaries.run_dir import RunDir
 from fliqs_tf import checkpoints, replicas
 
 FLAGS = flags.FLAGS
+
+
+def start(argv: list[str]) -> tuple:
+    """What a training program does first.
+
+    Args:
+      argv: What is left of the command line: its name.
+
+    Returns:
+      (preemption, strategy, data, steps per epoch).
+
+    Raises:
+      SystemExit: Words beside the flags, a strategy or data that cannot be had, batches larger than the data.
+    """
+    if len(argv) > 1:
+        sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
+    preemption = Preemption()
+    strategy = devices.strategy()
+    settings.set_up_process()
+    data = settings.load_data()
+    devices.check_batch_size(strategy, FLAGS.batch_size)
+    examples = data.examples("train")
+    if FLAGS.batch_size > examples:
+        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
+    return preemption, strategy, data, examples // FLAGS.batch_size
 
 
 def batches(strategy, data, begin: int, end: int):

@@ -22,7 +22,6 @@ from absl import app, flags
 import fliqs_tf
 from binaries import data as datasets
 from binaries import devices, exporting, loop, settings, tables
-from binaries.preemption import Preemption
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import fitting, replicas, report, targets
 from fliqs_tf.files import read_json, replacing, write_json
@@ -48,11 +47,14 @@ flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted
 flags.DEFINE_string("reward", "absolute", "absolute, one_sided, soft_exponential or hard_exponential.")
 flags.DEFINE_enum("quality", "loss", ["loss", "accuracy"], "What the search maximizes: minus the loss, or accuracy.")
 flags.DEFINE_enum("quality_data", "held_out", ["held_out", "train"], "Batches that quality is read from.")
-flags.DEFINE_integer("quality_every", 8, "Steps between readings on held-out batches.", lower_bound=1)
+flags.DEFINE_integer("quality_every", 5, "Steps between readings on held-out batches.", lower_bound=1)
 flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", lower_bound=2)
 flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
 flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")
 flags.DEFINE_float("delay", 0.25, "Share of the steps in which formats are drawn uniformly.", 0, 0.9)
+flags.DEFINE_float(
+    "settle", None, "Last share of the steps, with the formats decided; None: 0.4, REINFORCE: 0.1.", 0, 0.9
+)
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
 flags.DEFINE_multi_string("rule", [], "PATTERN=MENU for the layers that match: '^conv1=INT8', 'predictions=float'.")
@@ -61,19 +63,9 @@ flags.DEFINE_list("references", [], "Run directories of train.py to compare with
 
 
 def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if FLAGS.quality_data == "held_out" and FLAGS.holdout == 0:
         sys.exit("--quality_data=held_out needs held-out data: set --holdout above 0, or take --quality_data=train.")
-    preemption = Preemption()
-    strategy = devices.strategy()
-    settings.set_up_process()
-    data = settings.load_data()
-    devices.check_batch_size(strategy, FLAGS.batch_size)
-    examples = data.examples("train")
-    steps_per_epoch = examples // FLAGS.batch_size
-    if steps_per_epoch == 0:
-        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
+    preemption, strategy, data, steps_per_epoch = loop.start(argv)
     total = steps_per_epoch * FLAGS.epochs
     with strategy.scope():
         model = build(data, total)  # before --overwrite removes anything
@@ -129,6 +121,7 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
                 "estimator": FLAGS.estimator,
                 "entropy_schedule": FLAGS.entropy_schedule,
                 "delay": FLAGS.delay,
+                "settle": FLAGS.settle,
             },
         )
     except (ValueError, OSError) as error:

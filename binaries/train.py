@@ -20,8 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import fliqs_tf
-from binaries import devices, loop, settings, tables
-from binaries.preemption import Preemption
+from binaries import loop, settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import replicas
 from fliqs_tf._keras import keras
@@ -35,17 +34,7 @@ flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted
 
 
 def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
-    preemption = Preemption()
-    strategy = devices.strategy()
-    settings.set_up_process()
-    data = settings.load_data()
-    devices.check_batch_size(strategy, FLAGS.batch_size)
-    examples = data.examples("train")
-    steps_per_epoch = examples // FLAGS.batch_size
-    if steps_per_epoch == 0:
-        sys.exit(f"--batch_size={FLAGS.batch_size} exceeds the {examples} training examples.")
+    preemption, strategy, data, steps_per_epoch = loop.start(argv)
     total = steps_per_epoch * FLAGS.epochs
     with strategy.scope():
         name, model = formatted(settings.build_network(data))

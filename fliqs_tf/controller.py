@@ -57,7 +57,9 @@ class Controller(keras.layers.Layer):
       beta_max: Greatest beta_H. None = 1 with the critic, where only the shape counts; 0.02 with REINFORCE and a
         normalized advantage, 0.1 (the reference code's) without.
       delay: How long formats are drawn without learning a policy: a share of the run (float) or steps (int).
-      settle: Last share of the run, in which the decision is taken; see `decided_at`. 0 = never by itself.
+      settle: Last share of the run, in which the decision has been taken and formats stay; the entropy schedule ends
+        where it begins, see `decided_at`. 0 = never by itself. None = 0.4 with the critic, our choice: the weights of
+        short runs need it (docs/architecture.md); 0.1 with REINFORCE, which needs the readings more.
       gentle: In the delay the odds of an option are 1 / (1 + (noise / 0.05)^2), our choice: INT2 drawn as often as
         INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0 with
         the entropy that the schedule allows, with REINFORCE linearly in the delay.
@@ -83,7 +85,7 @@ class Controller(keras.layers.Layer):
         entropy_schedule: str | Callable = "cosine",
         beta_max: float | None = None,
         delay: float | int = 0.25,
-        settle: float = 0.1,
+        settle: float | None = None,
         gentle: bool = True,
         learning_rate: float | Callable = 0.03,
         beta_1: float = 0.9,
@@ -106,8 +108,14 @@ class Controller(keras.layers.Layer):
             raise ValueError("A custom entropy_schedule needs beta_max, the value that it ends at.")
         if not isinstance(delay, int) and not 0 <= delay < 1:
             raise ValueError(f"delay is a share of the run in [0, 1) or an int of steps, got {delay!r}.")
+        if settle is None:
+            settle = 0.4 if estimator == "critic" else 0.1
         if not 0 <= settle < 1:
             raise ValueError(f"settle is a share of the run in [0, 1), got {settle!r}.")
+        if not isinstance(delay, int) and delay + settle >= 1:
+            raise ValueError(
+                f"delay and settle leave nothing of the run to decide in: {delay} + {settle}, not below 1."
+            )
         if beta_max is None:
             beta_max = 1.0 if estimator == "critic" else (0.02 if normalize_advantage else 0.1)
         self.estimator, self.entropy_schedule, self.beta_max = estimator, entropy_schedule, float(beta_max)
@@ -183,7 +191,8 @@ class Controller(keras.layers.Layer):
         if callable(self.entropy_schedule):
             return tf.cast(self.entropy_schedule(tf.convert_to_tensor(self.step)), tf.float32)
         step, total = tf.convert_to_tensor(self.step), tf.convert_to_tensor(self.total_steps)
-        return self.beta_max * schedules.shape(self.entropy_schedule, step, total, self._delay_steps())
+        search = (1.0 - self.settle) * tf.cast(total, tf.float32)
+        return self.beta_max * schedules.shape(self.entropy_schedule, step, search, self._delay_steps())
 
     def _shape(self) -> tf.Tensor:
         """Height of the schedule in [0, 1], 0 in the delay."""

@@ -128,7 +128,8 @@ def test_nothing_moves_a_decision():
     assert before[np.arange(3), choice].min() > 0.9999
     search(controller, 20)
     np.testing.assert_array_equal(controller.probabilities(), before)
-    assert controller.decided_at() == 90
+    assert controller.decided_at() == 60
+    assert make(total_steps=100, estimator="reinforce").decided_at() == 90
 
 
 def test_decides_without_a_reading():
@@ -258,10 +259,12 @@ def test_reinforce_learns_and_waits_for_its_delay():
 
 
 def test_beta_follows_the_schedule():
-    controller = make(beta_max=0.4, entropy_schedule="linear", delay=20)
+    controller = make(beta_max=0.4, entropy_schedule="linear", delay=20, settle=0.2)
     assert float(controller.beta()) == 0
-    controller.advance(60)
+    controller.advance(50)  # half-way between the delay and the decision
     assert float(controller.beta()) == pytest.approx(0.2)
+    controller.advance(30)
+    assert float(controller.beta()) == pytest.approx(0.4)
     own = make(beta_max=0.4, entropy_schedule=lambda step: 0.001 * tf.cast(step, tf.float32), delay=20)
     own.advance(60)
     assert float(own.beta()) == pytest.approx(0.06)
@@ -320,6 +323,7 @@ def test_replicas_learn_from_the_mean():
         ({"entropy_schedule": lambda step: 0.0}, "needs beta_max"),
         ({"delay": 1.5}, "delay is a share"),
         ({"settle": 1.0}, "settle is a share"),
+        ({"settle": 0.5, "delay": 0.5}, "nothing of the run to decide in: 0.5 \\+ 0.5"),
         ({"prior": [[0.1, 0.2]]}, "prior needs a number per option"),
         ({"prior": [[0.1, 0.2, -1.0], [0.1, 0.2], [0.1, 0.2, 0.3]]}, "finite numbers of at least 0"),
     ],

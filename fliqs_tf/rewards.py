@@ -45,11 +45,8 @@ def _tensors(quality, ratio):
 
 
 @dataclasses.dataclass(frozen=True)
-class Absolute:
-    """Q + beta * abs(ratio - 1): misses of the target on either side cost the same.
-
-    >>> float(Absolute(-0.5)(0.75, 1.5)), float(Absolute(-0.5).slope(0.75, 1.5))
-    (0.5, 0.5)
+class _Additive:
+    """Quality, and a price for missing the target.
 
     Attributes:
       beta: Price of a miss; None = hard: the controller holds the target whatever it costs (slope is infinite) and
@@ -67,49 +64,47 @@ class Absolute:
         """True if the target must be held, not weighed against quality."""
         return self.beta is None
 
+    @property
+    def _price(self) -> float:
+        return float("inf") if self.hard else -self.beta
+
     def __call__(self, quality, cost_ratio) -> tf.Tensor:
         quality, ratio = _tensors(quality, cost_ratio)
-        return quality + (HARD_BETA if self.hard else self.beta) * tf.abs(ratio - 1.0)
+        return quality + (HARD_BETA if self.hard else self.beta) * self._miss(ratio)
+
+
+class Absolute(_Additive):
+    """Q + beta * abs(ratio - 1), the paper's; `beta` as in its base class.
+
+    >>> float(Absolute(-0.5)(0.75, 1.5)), float(Absolute(-0.5).slope(0.75, 1.5))
+    (0.5, 0.5)
+    """
+
+    def _miss(self, ratio):
+        return tf.abs(ratio - 1.0)
 
     def slope(self, quality, cost_ratio) -> tf.Tensor:
         """Price of cost in units of quality, see the module."""
-        price = float("inf") if self.hard else -self.beta
-        return _where_above(*_tensors(quality, cost_ratio), price, -price)
+        return _where_above(*_tensors(quality, cost_ratio), self._price, -self._price)
 
     def violation(self, cost_ratio, tolerance: float):
         """How far a cost is from what a hard target allows. Args: array [m]. Returns: array [m], 0 = allowed."""
         return (abs(cost_ratio - 1.0) - tolerance).clip(0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class OneSided:
-    """Q + beta * max(ratio - 1, 0): only cost above the target counts.
+class OneSided(_Additive):
+    """Q + beta * max(ratio - 1, 0): only cost above the target counts. beta = None: the target is an upper bound.
 
     >>> float(OneSided(-0.5)(0.75, 0.5)), float(OneSided(-0.5).slope(0.75, 0.5))
     (0.75, 0.0)
-
-    Attributes:
-      beta: As in `Absolute`; None = hard, the target is an upper bound.
     """
 
-    beta: float | None = None
-    needs_positive_quality: ClassVar[bool] = False
-
-    def __post_init__(self):
-        _check_beta(self.beta)
-
-    @property
-    def hard(self) -> bool:
-        """True if the target must be held, not weighed against quality."""
-        return self.beta is None
-
-    def __call__(self, quality, cost_ratio) -> tf.Tensor:
-        quality, ratio = _tensors(quality, cost_ratio)
-        return quality + (HARD_BETA if self.hard else self.beta) * tf.maximum(ratio - 1.0, 0.0)
+    def _miss(self, ratio):
+        return tf.maximum(ratio - 1.0, 0.0)
 
     def slope(self, quality, cost_ratio) -> tf.Tensor:
         """Price of cost in units of quality, see the module."""
-        return _where_above(*_tensors(quality, cost_ratio), float("inf") if self.hard else -self.beta, 0.0)
+        return _where_above(*_tensors(quality, cost_ratio), self._price, 0.0)
 
     def violation(self, cost_ratio, tolerance: float):
         """How far a cost is above the bound; there is no tolerance above a bound but rounding."""
