@@ -8,6 +8,7 @@ import numpy as np
 
 import fliqs_tf
 from binaries import data as datasets
+from fliqs_tf import export_check
 
 REPRESENTATIVE_BATCHES = 8
 
@@ -34,8 +35,7 @@ def tflite(
     )
     shipped = fliqs_tf.export.tflite(final, path, [x for x, _ in batches], int4=int4)
     test = list(datasets.eval_batches(data, "test", 250))
-    exact = fliqs_tf.export.check(shipped, path, test)
-    trained = fliqs_tf.export.check(final, path, test)
+    exact, trained = export_check.check_all([shipped, final], path, test)
     print(f"TFLite: {path}, {path.stat().st_size:,} bytes. Against the Keras model with the file's int8 tensors:")
     for agreement in exact:
         print(f"  {agreement}")

@@ -74,27 +74,40 @@ def check(final, path: str | os.PathLike, data) -> list[Agreement]:
       ValueError: The file is damaged, or does not fit the model.
       FileNotFoundError: It is not there.
     """
-    check_model(final)
-    programs = {kernels: Program(path, kernels) for kernels in KERNELS}
-    programs[KERNELS[0]].check_fits(final)
-    expected, labels, got = [], [], {kernels: [] for kernels in KERNELS}
+    return check_all([final], path, data)[0]
+
+
+def check_all(models: list, path: str | os.PathLike, data) -> list[list[Agreement]]:
+    """`check` of several Keras models against one file, which runs once for all of them."""
+    programs = {kernels: Program(path, kernels, os.cpu_count() or 1) for kernels in KERNELS}
+    for model in models:
+        check_model(model)
+        programs[KERNELS[0]].check_fits(model)
+    expected, labels, got = [[] for _ in models], [], {kernels: [] for kernels in KERNELS}
     for x, y in _batches(data):
-        outputs = final(x, training=False)
-        expected.append([np.asarray(output) for output in tf.nest.flatten(outputs)])
+        for model, outputs in zip(models, expected):
+            outputs.append([np.asarray(output) for output in tf.nest.flatten(model(x, training=False))])
         labels += [] if y is None else [np.asarray(y).reshape(len(np.asarray(y)), -1)]
         for kernels, program in programs.items():
             got[kernels].append(program([np.asarray(part) for part in tf.nest.flatten(x)]))
-    if not expected:
+    if not expected[0]:
         raise ValueError("There is no batch to compare on.")
-    wanted = [np.concatenate(parts) for parts in zip(*expected)]
     truth = np.concatenate(labels) if labels else None
     return [
-        _agreement(name, kernels, step, values, reference, truth)
-        for kernels, program in programs.items()
-        for name, step, values, reference in zip(
-            program.output_names, program.steps(), [np.concatenate(parts) for parts in zip(*got[kernels])], wanted
-        )
+        [
+            _agreement(name, kernels, step, values, reference, truth)
+            for kernels, program in programs.items()
+            for name, step, values, reference in zip(
+                program.output_names, program.steps(), _joined(got[kernels]), _joined(outputs)
+            )
+        ]
+        for outputs in expected
     ]
+
+
+def _joined(batches: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Each output over all batches."""
+    return [np.concatenate(parts) for parts in zip(*batches)]
 
 
 def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
