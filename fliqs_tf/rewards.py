@@ -74,7 +74,7 @@ class _Additive:
 
 
 class Absolute(_Additive):
-    """Q + beta * abs(ratio - 1), the paper's; `beta` as in its base class.
+    """Q + beta * abs(ratio - 1), the paper's. beta < 0, or None: the target is held whatever it costs.
 
     >>> float(Absolute(-0.5)(0.75, 1.5)), float(Absolute(-0.5).slope(0.75, 1.5))
     (0.5, 0.5)
@@ -93,7 +93,7 @@ class Absolute(_Additive):
 
 
 class OneSided(_Additive):
-    """Q + beta * max(ratio - 1, 0): only cost above the target counts. beta = None: the target is an upper bound.
+    """Q + beta * max(ratio - 1, 0): only cost above the target counts. beta < 0, or None: an upper bound.
 
     >>> float(OneSided(-0.5)(0.75, 0.5)), float(OneSided(-0.5).slope(0.75, 0.5))
     (0.75, 0.0)

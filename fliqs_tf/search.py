@@ -130,7 +130,7 @@ class SearchModel(keras.Model):
           quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> what to
             maximize, a number or one per example.
           quality_every: With `fit(quality_data=...)`: training steps between two readings (our choice: 5;
-            8 is as good in runs of 2,000 steps and more, and takes less time).
+            8 finds formats a little less good, and takes less time).
           quality_samples: Samples compared on the same held-out batch at a reading (our choice: 4).
           search_steps: Length of the search; in the last part of it formats are decided and stay (`settle` of
             `Controller`). None: all steps of the first `fit`.
