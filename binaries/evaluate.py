@@ -21,7 +21,6 @@ from absl import app, flags
 
 import fliqs_tf
 from binaries import settings, tables
-from fliqs_tf import loading
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model_file", None, "A .keras file: accuracy on the test split, and cost.")
@@ -45,7 +44,7 @@ def main(argv):
         recipe = fliqs_tf.Recipe.load(FLAGS.recipe) if FLAGS.recipe else None
         data = settings.load_data()
         if FLAGS.model_file:
-            model = loading.load_model(FLAGS.model_file)
+            model = settings.load_model(FLAGS.model_file)
             rows.append({"name": FLAGS.model_file, **settings.test_scores(model, data), **_costs(model)})
             priced.append((FLAGS.model_file, fliqs_tf.costs.site_formats(model)))
         if recipe is not None:

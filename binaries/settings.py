@@ -111,11 +111,20 @@ def test_scores(model: keras.Model, data) -> dict[str, float]:
     return scores
 
 
+def load_model(path) -> keras.Model:
+    """A saved model, which may have layers of `models`.
+
+    Raises:
+      ValueError, OSError: See `fliqs_tf.loading.load_model`.
+    """
+    return loading.load_model(path, custom_objects={})  # those of `models` are registered
+
+
 def load_run(run: pathlib.Path) -> keras.Model:
     """The model of a finished run of search.py or train.py; its data set's flags hold where none are given."""
     try:
         saved = read_json(run / "flags.json", "run's flags")
-        model = loading.load_model(run / "model.keras")
+        model = load_model(run / "model.keras")
     except (OSError, ValueError) as error:
         sys.exit(f"{run} holds no finished run: {error}")
     for name in _OF_THE_DATA:

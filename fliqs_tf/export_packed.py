@@ -116,7 +116,7 @@ def load_packed(path: str | os.PathLike, *, custom_objects=None) -> keras.Model:
     Args:
       path: Of the file.
       custom_objects: {name: class or function} of layers that are not Keras' own and not registered with
-        `keras.saving.register_keras_serializable`. Nothing is imported because a file names it.
+        `keras.saving.register_keras_serializable`. No module is imported because a file names it.
 
     Returns:
       A Keras model, not compiled.

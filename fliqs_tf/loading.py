@@ -7,13 +7,10 @@ import pathlib
 import reprlib
 import zipfile
 
+from fliqs_tf import loadable
 from fliqs_tf._keras import keras
 from fliqs_tf.files import MOST_BYTES, parse_json
 
-_PACKAGES = ("keras", "tf_keras", "keras_hub", "fliqs_tf")
-_FUNCTIONS = ("keras.activations", "keras.losses", "keras.metrics")
-# Layers of tf_keras that call what their config names: any function of TensorFlow, also those that write files.
-_CALLS = ("ClassMethod", "InstanceMethod", "InstanceProperty", "Lambda", "SlicingOpLambda", "TFOpLambda", "__lambda__")
 _PURE = ("__operators__", "math", "nn", "linalg")
 _PURE_NAMES = (
     "cast",
@@ -29,15 +26,18 @@ _PURE_NAMES = (
 )
 
 
-def load_model(path: str | os.PathLike) -> keras.Model:
+def load_model(path: str | os.PathLike, custom_objects: dict | None = None) -> keras.Model:
     """Loads a `.keras` file, not compiled, if it is data only.
 
-    Keras' safe mode is on, and before Keras sees the file its config is read: every object in it must be one of Keras
-    or of this package, and none may call functions that the file names. (tf_keras imports whatever module a file asks
-    for, safe mode or not.)
+    Keras' safe mode is on, and before Keras sees the file its config is read: every object in it must be on the list of
+    `loadable`, which has the layers and other objects of Keras, keras_hub and this package, but for those that call
+    functions or read files of the file's choosing. (tf_keras imports whatever module a file asks for, safe mode or
+    not.) What the model was compiled with does not matter.
 
     Args:
       path: What `model.save("model.keras")` wrote.
+      custom_objects: {name: class or function} of your own that the file may ask for besides; with it, even if empty,
+        those that you have registered with `keras.saving.register_keras_serializable` too.
 
     Returns:
       The model, not compiled.
@@ -57,15 +57,20 @@ def load_model(path: str | os.PathLike) -> keras.Model:
             if size > MOST_BYTES:
                 raise ValueError(f"its config has {size} bytes, at most {MOST_BYTES} are allowed.")
             config = parse_json(archive.read("config.json"))
-        check_config(config)
-        return keras.models.load_model(path, compile=False, safe_mode=True)
+        if isinstance(config, dict):
+            config.pop("compile_config", None)  # neither Keras looks at it without `compile`
+        try:
+            check_config(config, custom_objects)
+        except ValueError as error:
+            raise ValueError(f"{error} If you trust the file, load it with tf.keras.models.load_model.") from None
+        return keras.models.load_model(path, custom_objects, compile=False, safe_mode=True)
     except Exception as error:
         # Keras reports a damaged file by whatever fails first, be it a KeyError or an OSError of HDF5.
         raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 
 def check_config(node, custom_objects: dict | None = None) -> None:
-    """Raises for objects whose making could run code that is not Keras' or ours.
+    """Raises for objects whose making could run code that is not Keras' or ours, or read files.
 
     Args:
       node: The config of a model, as JSON data.
@@ -80,25 +85,44 @@ def check_config(node, custom_objects: dict | None = None) -> None:
             check_config(entry, custom_objects)
     if not isinstance(node, dict):
         return
-    kind, module = node.get("class_name"), node.get("module")
-    if custom_objects is None or not _is_known(node, custom_objects):
-        if module is not None and (not isinstance(module, str) or module.split(".")[0] not in _PACKAGES):
-            raise ValueError(f"it asks for the module {reprlib.repr(module)}; known: {', '.join(_PACKAGES)}.")
-        if kind == "function" and module not in _FUNCTIONS:
-            raise ValueError(f"it asks for the function {reprlib.repr(node.get('config'))}.")
-    if kind in _CALLS and not (kind == "TFOpLambda" and _is_pure(node.get("config"))):
-        raise ValueError(
-            f"it has a {kind} layer, which calls code of the file's choosing. If you trust the file, load it with "
-            f"tf.keras.models.load_model."
-        )
+    if "class_name" in node and node["class_name"] not in loadable.DATA:
+        _check_object(node, custom_objects)
     for entry in node.values():
         check_config(entry, custom_objects)
 
 
-def _is_known(node: dict, custom_objects: dict) -> bool:
-    names = [node.get(key) for key in ("registered_name", "class_name", "config")]
-    found = [keras.saving.get_registered_object(n, custom_objects) for n in names if isinstance(n, str)]
-    return any(entry is not None for entry in found)
+def _check_object(node: dict, custom_objects: dict | None) -> None:
+    """Finds what Keras would find, in its order: what is registered first, then by module and name."""
+    name, module, config = node["class_name"], node.get("module"), node.get("config")
+    is_function = name == "function"
+    registered = _registered(config if is_function else node.get("registered_name", name), custom_objects)
+    if registered is None and module is None:
+        registered = _registered(name, custom_objects)
+    name = config if is_function else name
+    if registered is not None:
+        trusted = custom_objects is not None and (
+            any(registered is given for given in custom_objects.values()) or not loadable.is_of_keras(registered)
+        )
+        known = trusted or loadable.has_registered(registered)
+    elif is_function:
+        known = loadable.has_function(module, name)
+    else:
+        known = loadable.has_class(module, name)
+    if not known:
+        of_module = "" if module is None else f" of the module {reprlib.repr(module)}"
+        raise ValueError(
+            f"it asks for {reprlib.repr(name)}{of_module}, which is not one of the layers and functions of Keras and "
+            f"fliqs_tf that neither call code nor read files. Give classes and functions of your own in custom_objects."
+        )
+    if name in loadable.TENSORFLOW_CALLS and not _is_pure(config):
+        raise ValueError(f"it has a {name} layer that calls more than arithmetic.")
+    if isinstance(config, dict) and isinstance(config.get("vocabulary"), str):
+        raise ValueError(f"its {name} layer reads the file {reprlib.repr(config['vocabulary'])}.")
+
+
+def _registered(name, custom_objects: dict | None):
+    """What Keras has under a registered name, or None."""
+    return keras.saving.get_registered_object(name, custom_objects) if isinstance(name, str) else None
 
 
 def _is_pure(config) -> bool:
