@@ -304,7 +304,7 @@ class _Writer:
     def integer_linear(self, step, grids, tensor, meaning):
         value, linear = step.inputs[0], step.linear
         source = self.as_codes(value, grids[0])
-        scale, codes, bias = _safe(linear, float(self.meaning(grids[0]).scale), float(meaning.scale))
+        scale, codes, bias = _safe(step.path, linear, float(self.meaning(grids[0]).scale), float(meaning.scale))
         self.kernel(step, linear, source, self.meaning(grids[0]), codes, scale, bias, tensor, meaning)
 
     def kernel(self, step, linear: Linear, source, meaning, codes, scale, bias, tensor, target):
@@ -443,23 +443,34 @@ class _Writer:
             left = result
 
 
-def _safe(linear: Linear, source_scale: float, target_scale: float):
+def _safe(path: str, linear: Linear, source_scale: float, target_scale: float):
     """(scale, codes, bias as int32) with scales and biases that kernels can take.
 
-    A channel whose products are below a thousandth of an output step altogether, such as one that batch
-    normalization has switched off, keeps its bias and loses its codes: with them its scale would leave no room for
-    the bias.
+    Biases are multiples of (input scale * weight scale). Where batch normalization has nearly switched off a channel
+    that scale is too small for int32 to reach the bias: it grows until the bias fits, and the codes shrink with it,
+    which moves no sum by more than a few hundredths of an output step. A channel whose products are below a
+    thousandth of a step altogether loses its codes, so that its scale is not too small for the kernels either.
+
+    Raises:
+      ValueError: A weight or a bias is NaN or infinite; names the layer.
     """
+    broken = ~np.isfinite(linear.bias) | ~np.isfinite(linear.scale)
+    if broken.any():
+        channel = int(np.argmax(broken))
+        raise ValueError(
+            f"Layer {path!r}: channel {channel} has the bias {linear.bias[channel]:.3g} and weights in steps of "
+            f"{linear.scale[channel]:.3g}, with batch normalization behind it. Train the model until they are finite."
+        )
     codes, scale = linear.codes.copy(), linear.scale.copy()
     reach = np.abs(codes.astype(np.int64)).sum(axis=tuple(range(codes.ndim - 1))) * _LARGEST
     dead = reach * source_scale * scale < 1e-3 * target_scale
     codes[..., dead] = 0
     scale[dead] = target_scale / source_scale / 1024
-    bias = np.rint(linear.bias / (source_scale * scale))
-    if (np.abs(bias) > _LARGEST_BIAS).any():
-        channel = int(np.argmax(np.abs(bias)))
-        raise ValueError(f"the bias of channel {channel} is {linear.bias[channel]:.3g}, out of reach of int32")
-    return scale, codes, bias.astype(np.int32)
+    least = np.abs(linear.bias) / (source_scale * _LARGEST_BIAS)
+    short = scale < least
+    codes[..., short] = np.rint(codes[..., short] * (scale[short] / least[short]))
+    scale[short] = least[short]
+    return scale, codes, np.rint(linear.bias / (source_scale * scale)).astype(np.int32)
 
 
 def _arranged(operation: str, kernel: np.ndarray) -> np.ndarray:

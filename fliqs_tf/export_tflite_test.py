@@ -317,6 +317,43 @@ def test_calls_of_a_shared_layer_round_each_in_its_way():
     np.testing.assert_allclose(shipped.get_layer("twice").layer.bias, moved, rtol=1e-5)
 
 
+GAINS = [1, 1e-3, 1e-4, 1e-5, -1e-5, 3e-6, 1e-6, 1e-7, 1e-8, 1e-20, 0]
+
+
+@pytest.mark.parametrize("fmt", ["INT8", "INT4"])
+@pytest.mark.parametrize("place", ["behind a convolution", "alone"])
+def test_channels_that_are_nearly_switched_off_keep_their_biases(fmt, place, tmp_path):
+    """Their weights would be too small for an int32 bias to reach 3 in multiples of them."""
+    keras.utils.set_random_seed(0)
+    image, norm = L.Input(IMAGE), L.BatchNormalization(name="norm")
+    x = conv(len(GAINS), padding="same", name="conv")(image)
+    if place == "alone":
+        x = L.MaxPooling2D(2)(L.Activation("relu")(x))
+    final = fliqs_tf.apply(keras.Model(image, conv(4, 1, name="last")(norm(x))), fmt, target="tflite")
+    (norm,) = (layer for layer in final.layers if layer.name == "norm")
+    n = len(GAINS)
+    norm.set_weights([np.array(GAINS), np.full(n, 3.0), np.full(n, 0.5), np.full(n, 0.25)])
+    norm.trainable = False
+    x = examples(16, *IMAGE)
+    final(x, training=True)
+    exact = fliqs_tf.export.tflite(final, tmp_path / "file.tflite")
+    for model, equal in ((exact, 0.995), (final, 0.9)):  # a bias that is not there would be seen in all values
+        for agreement in fliqs_tf.export.check(model, tmp_path / "file.tflite", x):
+            if agreement.kernels == "XNNPACK":
+                assert agreement.largest <= 1.01 and agreement.equal > equal, agreement
+
+
+def test_what_cannot_be_a_bias_is_named(tmp_path):
+    image = L.Input(IMAGE)
+    final = fliqs_tf.apply(keras.Model(image, L.BatchNormalization()(conv(2, name="conv")(image))), "INT8")
+    final.layers[-1].trainable = False
+    final.layers[-1].set_weights([np.ones(2), np.array([0, np.inf]), np.zeros(2), np.ones(2)])
+    x = examples(2, *IMAGE)
+    with pytest.raises(ValueError, match="Layer 'conv': channel 1 has the bias inf"):
+        fliqs_tf.export.tflite(final, tmp_path / "file.tflite", [x])
+    assert not list(tmp_path.iterdir())
+
+
 def test_readers_of_a_carrier_share_its_range():
     trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite")
     trained(examples(8, *IMAGE), training=True)
