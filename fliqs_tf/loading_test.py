@@ -194,7 +194,8 @@ def test_layers_of_the_users_own_load_when_the_user_says_so(tmp_path):
 def test_layers_of_keras_hub_load(tmp_path):
     hub = pytest.importorskip("keras_hub")
     inputs = keras.Input((4, 8))
-    encoder = hub.layers.TransformerEncoder(8, 2, activation="keras_hub>gelu_approximate")
+    gelu = keras.saving.get_registered_object("keras_hub>gelu_approximate")
+    encoder = hub.layers.TransformerEncoder(8, 2, activation=gelu)
     model = keras.Model(inputs, encoder(inputs))
     model.save(tmp_path / "m.keras")
     x = np.random.default_rng(0).normal(size=(1, 4, 8)).astype("f")
