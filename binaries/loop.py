@@ -130,6 +130,11 @@ def _restored(model, run: RunDir | None, directory: pathlib.Path, total: int) ->
         start = checkpoints.restore_newest(directory, model, workers) or 0
     except ValueError as error:
         sys.exit(str(error))
+    if start > total:
+        sys.exit(
+            f"--epochs={FLAGS.epochs} are {total} steps, and the run in {directory.parent} has done {start}. Give it "
+            f"more epochs, or start another run: by --overwrite, or in another --run_dir."
+        )
     if run is not None:
         run.keep_metrics_until(start)
         print(f"Going on from step {start} of {total}.", flush=True)

@@ -93,6 +93,14 @@ def test_a_second_run_in_its_directory_is_refused(searched):
     assert (path / "recipe.json").read_bytes() == before
 
 
+def test_resuming_with_other_flags_or_fewer_epochs_is_refused(searched):
+    path, _ = searched
+    before = (path / "flags.json").read_bytes()
+    status, _, errors = run("search.py", f"--run_dir={path}", "--resume", *SMALL, "--epochs=2", "--batch_size=32")
+    assert status != 0 and "--batch_size: was 64, is 32\n  --epochs: was 4, is 2\n" in errors
+    assert "Traceback" not in errors and (path / "flags.json").read_bytes() == before
+
+
 def weights(path):
     return {f"{i}": np.asarray(w) for i, w in enumerate(keras.models.load_model(path).get_weights())}
 

@@ -10,13 +10,14 @@ import os
 import pathlib
 import platform
 import shutil
+from collections.abc import Collection
 
 import numpy as np
 import tensorflow as tf
 
 from fliqs_tf import __version__
 from fliqs_tf._keras import NAME
-from fliqs_tf.files import write_text
+from fliqs_tf.files import local, read_json, write_json, write_text
 
 _LOCK = "lock"
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
@@ -32,11 +33,14 @@ class RunDir:
 
     Raises:
       SystemExit: It holds a run and neither resume nor overwrite is set; another process is at work in it; it cannot
-        be written to. The message says what to do.
+        be written to, or is not on this machine. The message says what to do.
     """
 
     def __init__(self, path: str | os.PathLike, *, resume: bool, overwrite: bool):
-        self.path = pathlib.Path(path)
+        try:
+            self.path = local(path)
+        except ValueError as error:
+            raise SystemExit(f"--run_dir: {error}")
         if resume and overwrite:
             raise SystemExit("--resume and --overwrite exclude each other.")
         try:
@@ -67,6 +71,29 @@ class RunDir:
 
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
+
+    def keep_flags(self, flags: dict, harmless: Collection[str]) -> None:
+        """Writes flags.json.
+
+        Args:
+          flags: {name: value}.
+          harmless: Names of those that may be others when a run goes on.
+
+        Raises:
+          SystemExit: The run in the directory goes on and had others, which are listed; more "epochs" are fine.
+        """
+        path = self / "flags.json"
+        try:
+            before = read_json(path, "run's flags") if path.exists() else {}
+        except ValueError as error:
+            raise SystemExit(f"{error} Without the run's flags it cannot go on; start anew by --overwrite.")
+        if changed := changed_flags(before, flags, harmless):
+            raise SystemExit(
+                f"--resume goes on with the run in {self.path}, which has other flags:\n"
+                + "".join(f"  --{name}: was {was}, is {now}\n" for name, was, now in changed)
+                + "Give them as they were, or start another run: by --overwrite, or in another --run_dir."
+            )
+        write_json(path, flags)
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines of metrics.jsonl that a resumed run will write again."""
@@ -99,6 +126,25 @@ class RunDir:
                 f"Cannot write to the run directory {self.path}: {cause}. The files that are there are whole. Mend it "
                 f"and go on with --resume, or give another --run_dir."
             )
+
+
+def changed_flags(before, flags: dict, harmless: Collection[str]) -> list[tuple[str, str, str]]:
+    """Flags that would make another run of one: (name, value that it had, value given), as JSON.
+
+    Args:
+      before: What flags.json holds; flags that it does not have count as unchanged.
+      flags: {name: value}.
+      harmless: Names to pass over. A run may also have more "epochs" than it had, but not fewer.
+    """
+    if not isinstance(before, dict):
+        return []
+    found = []
+    for name, value in flags.items():
+        was, now = json.dumps(before.get(name)), json.dumps(value)
+        longer = name == "epochs" and isinstance(before.get(name), int) and value >= before[name]
+        if name in before and name not in harmless and was != now and not longer:
+            found.append((name, was, now))
+    return found
 
 
 def _why_unwritable(error: Exception) -> str | None:

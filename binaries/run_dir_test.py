@@ -1,10 +1,11 @@
+import json
 import subprocess
 import sys
 
 import pytest
 import tensorflow as tf
 
-from binaries.run_dir import RunDir
+from binaries.run_dir import RunDir, changed_flags
 
 
 def opened(path, resume=False, overwrite=False):
@@ -40,6 +41,47 @@ def test_overwrite_spares_what_is_no_run(tmp_path):
 def test_resume_and_overwrite_exclude_each_other(tmp_path):
     with pytest.raises(SystemExit, match="exclude each other"):
         opened(tmp_path, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run"])
+def test_an_address_is_refused_and_no_folder_made(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"--run_dir: '{path}' is an address.*give a local path"):
+        opened(path)
+    assert not list(tmp_path.iterdir())
+
+
+FLAGS = {"epochs": 4, "width": 0.5, "space": ["INT4", "INT8"], "data_dir": None, "delay": 0.25, "rule": []}
+
+
+@pytest.mark.parametrize(
+    "now, listed",
+    [
+        ({}, []),
+        ({"epochs": 6, "data_dir": "/there"}, []),
+        ({"epochs": 3}, [("epochs", "4", "3")]),
+        ({"width": 0.25, "space": ["INT8"]}, [("width", "0.5", "0.25"), ("space", '["INT4", "INT8"]', '["INT8"]')]),
+        ({"delay": None}, [("delay", "0.25", "null")]),
+        ({"new_one": 3}, []),
+    ],
+)
+def test_flags_that_make_another_run(now, listed):
+    assert changed_flags(FLAGS, {**FLAGS, **now}, ("data_dir",)) == listed
+
+
+def test_a_run_goes_on_with_its_own_flags(tmp_path):
+    run = opened(tmp_path)
+    run.keep_flags(FLAGS, ())
+    before = (tmp_path / "flags.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        run.keep_flags({**FLAGS, "width": 1.0}, ())
+    assert "which has other flags:\n  --width: was 0.5, is 1.0\nGive them as they were, or start" in str(stop.value)
+    assert (tmp_path / "flags.json").read_text() == before
+    run.keep_flags({**FLAGS, "epochs": 5}, ())
+    assert json.loads((tmp_path / "flags.json").read_text())["epochs"] == 5
+    (tmp_path / "flags.json").write_text("{")
+    with pytest.raises(SystemExit, match="is not a run's flags.*start anew by --overwrite"):
+        run.keep_flags(FLAGS, ())
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

@@ -74,7 +74,7 @@ def main(argv):
     run = RunDir(path, resume=FLAGS.resume, overwrite=FLAGS.overwrite) if replicas.Workers(strategy).is_first else None
     with run.explained() if run else contextlib.nullcontext():
         if run:
-            write_json(run / "flags.json", settings.flag_values())
+            run.keep_flags(settings.flag_values(), settings.HARMLESS)
             write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
         train(model, data, run, pathlib.Path(path) / "checkpoints", preemption, steps_per_epoch, total)
         # On all workers: to read a variable may need all of them.

@@ -18,6 +18,12 @@ from fliqs_tf.files import read_json
 
 FLAGS = flags.FLAGS
 _OF_THE_DATA = ("dataset", "data_dir", "image_size", "holdout", "seed")
+HARMLESS = (
+    *("run_dir", "resume", "overwrite", "data_dir", "references"),
+    *("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
+    *("strategy", "tpu", "devices", "steps_per_execution"),
+)
+"""Flags that may change when a run goes on: where things are, how often it saves, what it computes on."""
 
 flags.DEFINE_enum("dataset", "digits", sorted(datasets.NAMES), "Data set.")
 flags.DEFINE_string(

@@ -50,7 +50,7 @@ def main(argv):
     run = RunDir(path, resume=FLAGS.resume, overwrite=FLAGS.overwrite) if replicas.Workers(strategy).is_first else None
     with run.explained() if run else contextlib.nullcontext():
         if run:
-            write_json(run / "flags.json", settings.flag_values())
+            run.keep_flags(settings.flag_values(), settings.HARMLESS)
         directory = pathlib.Path(path) / "checkpoints"
         loop.train(model, data, run, directory, preemption, steps_per_epoch, total, [_Finite()])
         model = _plain(model)

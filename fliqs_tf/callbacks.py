@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import os
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import tensorflow as tf
 
 from fliqs_tf import checkpoints, replicas
 from fliqs_tf._keras import keras
+from fliqs_tf.files import local
 
 _LOG = logging.getLogger("fliqs_tf")
 
@@ -34,7 +34,7 @@ class SearchLog(keras.callbacks.Callback):
 
     def __init__(self, directory: str | os.PathLike, every: int | None = None):
         super().__init__()
-        self.directory, self.every = pathlib.Path(directory), every
+        self.directory, self.every = local(directory), every
         self.file = self.writer = None
 
     def on_train_begin(self, logs=None):
@@ -150,7 +150,7 @@ class SearchCheckpoint(keras.callbacks.Callback):
             raise ValueError(f"every_steps and keep must be 1 or more, got {every_steps} and {keep}.")
         if every_minutes is not None and not every_minutes > 0:
             raise ValueError(f"every_minutes must be above 0, got {every_minutes}.")
-        self.directory, self.every_steps, self.keep = directory, every_steps, keep
+        self.directory, self.every_steps, self.keep = local(directory), every_steps, keep
         self.every_minutes, self.preempted, self.write = every_minutes, preempted, write
 
     def on_train_begin(self, logs=None):

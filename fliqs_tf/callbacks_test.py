@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import callbacks, checkpoints
+from fliqs_tf import callbacks, checkpoints, files
 from fliqs_tf._keras import keras
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
@@ -79,3 +79,20 @@ def test_gradients_that_are_not_finite_reach_no_checkpoint(tmp_path):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         fliqs_tf.SearchCheckpoint("somewhere", **options)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        fliqs_tf.SearchLog,
+        lambda path: fliqs_tf.SearchCheckpoint(path, 5),
+        lambda path: checkpoints.save(path, keras.Sequential(), 1),
+        lambda path: files.write_text(f"{path}/recipe.json", "{}"),
+    ],
+    ids=["log", "checkpoint", "save", "file"],
+)
+def test_an_address_is_refused_and_no_folder_made(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'gs://bucket/run.*' is an address, not a path on this machine: give a local"):
+        place("gs://bucket/run")
+    assert not list(tmp_path.iterdir())

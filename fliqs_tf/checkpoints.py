@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from fliqs_tf import replicas
 from fliqs_tf._keras import IS_KERAS_3
+from fliqs_tf.files import local
 
 _LOG = logging.getLogger("fliqs_tf")
 _MAGIC = b"FLIQSCK1"
@@ -40,12 +41,12 @@ def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3, write
       write: False for the workers of a strategy that do not write: to read a variable may need all of them.
 
     Raises:
-      ValueError: keep is less than 1.
+      ValueError: keep is less than 1, or the directory is an address such as gs://bucket/run.
       OSError: No space or no permission; the files that were there are untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, got {keep}.")
-    directory = pathlib.Path(directory)
+    directory = local(directory)
     arrays = [np.array(tf.convert_to_tensor(v)) for v in _variables(model)]
     if not write:
         return None

@@ -92,6 +92,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_bytes(text.encode())
 
 
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """A path on this machine's disks.
+
+    Raises:
+      ValueError: It is an address such as gs://bucket/run, of which a folder "gs:" would be made.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)):
+        raise ValueError(
+            f"{os.fspath(path)!r} is an address, not a path on this machine: give a local path, or the one where that "
+            f"storage is mounted, and copy what is there afterwards."
+        )
+    return pathlib.Path(path)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives the path of a temporary file beside `path`, which takes its place at the end.
@@ -104,8 +118,9 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     Raises:
       OSError: No space or no permission.
+      ValueError: The path is an address, see `local`.
     """
-    path = pathlib.Path(path)
+    path = local(path)
     # The same suffix: writers such as Keras look at it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
