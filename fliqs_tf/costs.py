@@ -18,7 +18,7 @@ import numbers
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -187,11 +187,21 @@ def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
 def recipe_of(sites: Sequence[Site], formats: dict[str, str]) -> Recipe:
     """The recipe of a wrapped network's sites.
 
+    Where layers are quantized in different ways, which `wrap` does not do, but a `Quantized` of one's own or a
+    configuration of TFMOT does, it is a "separate" one that names every layer's weights and input by themselves.
+
     Args:
       sites: See `sites`.
       formats: {decision: format}; a decision that is not in it has the first format of its menu.
     """
-    ordered, layers, kinds = {}, {}, set()
+    in_float = [s.path for s in sites if s.weight_decision is None]
+    info = {"float_layers": in_float} if in_float else {}
+    kinds = {_tensors(site) for site in sites if not site.is_table} - {None}
+    if len(kinds) > 1:
+        ordered = {name: formats.get(end, menu[0]) if end else menu[0] for name, end, menu in _ends_by_layer(sites)}
+        return Recipe(ordered, "separate", info=info)
+    (kind,) = kinds or {"weights"}
+    ordered, layers = {}, {}
     for site in sites:
         ends = ((site.weight_decision, site.weight_formats), (site.activation_decision, site.activation_formats))
         for decision, menu in ends:
@@ -199,13 +209,46 @@ def recipe_of(sites: Sequence[Site], formats: dict[str, str]) -> Recipe:
                 ordered[decision] = formats.get(decision, menu[0])
                 if site.path not in layers.setdefault(decision, []):
                     layers[decision].append(site.path)
-        kinds.add(None if site.is_table else _tensors(site))
-    if "separate" in kinds:
+    if kind == "separate":
         add_float_inputs(ordered, layers)
-    named = {d: p for d, p in layers.items() if p != [d.rpartition("/")[0] if "separate" in kinds else d]}
-    in_float = [s.path for s in sites if s.weight_decision is None]
-    (tensors,) = (kinds - {None}) or {"weights"}
-    return Recipe(ordered, tensors, named, {"float_layers": in_float} if in_float else {})
+    named = {d: p for d, p in layers.items() if p != [d.rpartition("/")[0] if kind == "separate" else d]}
+    return Recipe(ordered, kind, named, info)
+
+
+def formats_of(sites: Sequence[Site], recipe: Recipe) -> dict[str, str]:
+    """{decision of the sites: format}, the inverse of `recipe_of`.
+
+    Raises:
+      ValueError: The recipe gives a decision two formats, or a format to an input that stays in float.
+    """
+    decided = recipe.of_layers()
+    found: dict[str, tuple[str, str]] = {}  # decision -> format and the entry of the recipe that says so
+    for site in sites:
+        names = decided.get(site.path, {})
+        ends = ((site.weight_decision, names.get("weights")), (site.activation_decision, names.get("activations")))
+        for decision, name in ends:
+            if name is None or site.weight_decision is None:
+                continue
+            fmt = recipe.formats[name]
+            if decision is None:
+                if fmt != FLOAT.name and recipe.tensors == "separate":
+                    raise ValueError(f"The recipe gives {name!r} {fmt}, but the input of {site.path!r} stays in float.")
+                continue
+            before = found.setdefault(decision, (fmt, name))
+            if before[0] != fmt:
+                raise ValueError(
+                    f"The recipe gives {before[1]!r} {before[0]} and {name!r} {fmt}, but they are one decision, "
+                    f"{decision!r}."
+                )
+    return {decision: fmt for decision, (fmt, _) in found.items()}
+
+
+def _ends_by_layer(sites: Sequence[Site]) -> Iterator[tuple[str, str | None, tuple[str, ...]]]:
+    """(name in a recipe that names layers one by one, decision, menu) of weights and inputs."""
+    for site in sites:
+        if site.weight_decision is not None:
+            yield f"{site.path}/weights", site.weight_decision, site.weight_formats
+            yield f"{site.path}/activations", site.activation_decision, site.activation_formats
 
 
 def _tensors(site: Site) -> str | None:

@@ -157,6 +157,54 @@ def test_the_recipe_of_a_model_quantized_layer_by_layer():
     )
 
 
+def mixed_search():
+    """Layers whose input stays in float, shares the decision of the weights, or has one of its own."""
+    inputs, menu = keras.Input((4,)), ["INT4", "INT8"]
+    x = fliqs_tf.Quantized(L.Dense(4, name="a"), menu, None, "first", name="a")(inputs)
+    x = fliqs_tf.Quantized(L.Dense(4, name="b"), menu, menu, "tied", "tied", name="b")(x)
+    x = fliqs_tf.Quantized(L.Dense(4, name="c"), menu, menu, "tied", "tied", name="c")(x)
+    x = fliqs_tf.Quantized(L.Dense(4, name="d"), menu, ["E4M3", "E5M2"], "d/weights", "d/activations", name="d")(x)
+    return fliqs_tf.SearchModel(keras.Model(inputs, x, name="net"))
+
+
+LOW = {"a/weights": "INT4", "a/activations": "FP32", "b/weights": "INT4", "b/activations": "INT4"}
+LOW |= {"c/weights": "INT4", "c/activations": "INT4", "d/weights": "INT4", "d/activations": "E4M3"}
+HIGH = {name: {"INT4": "INT8", "E4M3": "E5M2"}.get(fmt, fmt) for name, fmt in LOW.items()}
+
+
+def test_a_search_of_layers_quantized_one_by_one():
+    searched = mixed_search()
+    recipe = searched.recipe()
+    assert list(recipe.formats) == list(LOW) and recipe.formats["a/activations"] == "FP32"
+    assert deployed.recipe(searched.deploy()) == recipe
+    assert fliqs_tf.costs.bops(searched) == fliqs_tf.costs.bops(searched.deploy())
+    plain = keras.Sequential([keras.Input((4,)), *(L.Dense(4, name=name) for name in "abcd")])
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("f")
+    for formats, bits in ((LOW, 4 * 32 + 16 + 16 + 4 * 8), (HIGH, 8 * 32 + 64 + 64 + 8 * 8)):
+        given = fliqs_tf.Recipe(formats, "separate")
+        final = searched.deploy(given)
+        assert deployed.recipe(final) == given
+        assert fliqs_tf.costs.bops(final) == fliqs_tf.costs.bops(searched, given) == 16 * bits / 1e9
+        plain.set_weights([w for layer in final.layers[1:] for w in layer.quantized_layer.get_weights()])
+        np.testing.assert_array_equal(fliqs_tf.apply(plain, given)(x), final(x))
+    uniform = fliqs_tf.Recipe.uniform(searched, "INT8")
+    assert uniform.formats == {**HIGH, "d/activations": "INT8"}
+    assert deployed.recipe(searched.deploy(uniform)) == uniform
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"b/weights": "INT8"}, "'b/weights' INT8 and 'b/activations' INT4, but they are one decision, 'tied'"),
+        ({"c/weights": "INT8", "c/activations": "INT8"}, "'b/weights' INT4 and 'c/weights' INT8.*one decision, 'tied'"),
+        ({"a/activations": "INT8"}, "'a/activations' INT8, but the input of 'a' stays in float"),
+    ],
+)
+def test_a_recipe_that_the_decisions_do_not_allow_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        mixed_search().deploy(fliqs_tf.Recipe({**LOW, **change}, "separate"))
+
+
 def test_a_model_that_is_not_deployed_is_refused():
     searched = fliqs_tf.wrap(network(), ["INT4", "INT8"])
     with pytest.raises(ValueError, match=r"'net' is still being searched: give what its deploy\(\) returns"):

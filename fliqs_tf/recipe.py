@@ -62,7 +62,9 @@ class Recipe:
         if hasattr(model, "recipe"):
             recipe = model.recipe()
             info = {"float_layers": list(recipe.float_layers)} if recipe.float_layers else {}
-            return dataclasses.replace(recipe, formats=dict.fromkeys(recipe.formats, name), info=info)
+            in_float = {f"{site.path}/activations" for site in model.sites if site.activation_decision is None}
+            formats = {d: "FP32" if d in in_float else name for d in recipe.formats}
+            return dataclasses.replace(recipe, formats=formats, info=info)
         if any(hasattr(layer, "quantized_layer") for _, layer in trace.walk(model)):
             raise ValueError(
                 f"Model {model.name!r} has fixed formats already. Give the search model that it was deployed from, or "

@@ -451,10 +451,11 @@ class SearchModel(keras.Model):
                 f"The recipe decides on other tensors than model {self.name!r}: tensors={recipe.tensors!r}, layers "
                 f"{dict(recipe.layers)}; the model has tensors={own.tensors!r}, layers {dict(own.layers)}."
             )
+        formats = costs.formats_of(self.sites, recipe)
         for decision in self.decisions:
-            if recipe.formats[decision.name] not in decision.options:
-                _LOG.info("%s: %s was not in the searched menu.", decision.name, recipe.formats[decision.name])
-        model = wrapping.fixed(self.network, dict(recipe.formats))
+            if formats[decision.name] not in decision.options:
+                _LOG.info("%s: %s was not in the searched menu.", decision.name, formats[decision.name])
+        model = wrapping.fixed(self.network, formats)
         other = dict(recipe.formats) != dict(own.formats)
         if calibration_data is None and other:
             calibration_data = self.__dict__.get("_training_inputs")
