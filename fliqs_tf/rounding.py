@@ -177,16 +177,25 @@ def fake_quant(x, fmt: Format | str, axis=None, *, amax=None) -> tf.Tensor:
       x: Tensor or array-like of any shape; computed in float32, returned in the floating dtype of x.
       fmt: Format or its name.
       axis: int or tuple of ints: axes that get a scale each (per-channel); None: one scale per tensor.
-      amax: Number or tensor broadcastable to x: magnitude that maps to the format's largest value; larger ones
-        saturate. None: taken from x along `axis`. BF16 and FP32 have no scale and ignore it.
+      amax: Number, array or tensor broadcastable to x: magnitude that maps to the format's largest value; larger ones
+        saturate, with 0 at values below 1e-32. Of a tensor the values are not looked at: negative ones count as 0,
+        infinities and NaN give NaN. None: taken from x along `axis`. BF16 and FP32 have no scale and ignore it.
 
     Returns:
       Tensor of x's shape. Gradient: 1 where |x| <= amax, 0 where the value was clipped, none to amax.
 
     Raises:
-      ValueError: Unknown format, or an axis that x does not have.
+      ValueError: Unknown format, an axis that x does not have, or an amax below 0, infinite or NaN.
     """
     fmt = Format(fmt)
+    if amax is not None and not tf.is_tensor(amax):
+        amax = np.asarray(amax, np.float32)
+        wrong = amax[~((amax >= 0) & np.isfinite(amax))]
+        if wrong.size:
+            raise ValueError(
+                f"amax must be 0 or more and finite, got {wrong.flat[0]:.6g}: it is the magnitude at which values saturate. "
+                f"Leave it out to take it from x."
+            )
     x = tf.convert_to_tensor(x)
     dtype = x.dtype if x.dtype.is_floating else tf.float32
     x = tf.cast(x, tf.float32)

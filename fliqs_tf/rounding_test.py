@@ -249,7 +249,7 @@ def test_nan_and_inf_spoil_a_range_taken_from_them():
 
 @pytest.mark.parametrize("amax", [np.nan, np.inf])
 def test_a_range_that_is_not_finite_gives_nan(amax):
-    assert np.isnan(quantized([1.0, 2.0], "INT8", amax)).all()
+    assert np.isnan(quantized([1.0, 2.0], "INT8", tf.constant(amax))).all()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 4)])
@@ -466,3 +466,16 @@ def test_a_format_changes_without_a_new_trace():
     for name in ALL:
         same_bits(quantize(x, tf.constant(rounding.row(name))), fake_quant(x, name, amax=9.0))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("amax", [-1, -1e-30, np.inf, -np.inf, np.nan, [1.0, -2.0], np.array([[np.nan], [1.0]])])
+def test_an_amax_that_is_no_magnitude_is_refused(amax):
+    with pytest.raises(ValueError, match=r"amax must be 0 or more and finite, got (-|inf|nan)"):
+        fake_quant(np.ones((2, 2)), "INT8", amax=amax)
+
+
+@pytest.mark.parametrize("amax", [0, 0.0, -0.0, np.zeros(2), tf.constant(0.0), tf.constant([-1.0, 0.0])])
+@pytest.mark.parametrize("name", ["INT2", "INT16", "E4M3", "E5M10"])
+def test_an_amax_of_zero_leaves_next_to_nothing(name, amax):
+    values = fake_quant([[1.0, -1.0], [0.0, 9.0]], name, amax=amax).numpy()
+    assert np.abs(values).max() < 1e-32 and values[1, 0] == 0

@@ -222,6 +222,20 @@ def test_parts_of_an_annotated_layer_are_named_and_stay_in_float(caplog):
 
 
 @only_tf_keras
+def test_layers_of_which_only_weights_are_quantized_beside_others():
+    of_weights = fliqs_tf.tfmot.FliqsQuantizeConfig(["INT4", "INT8"], tensors="weights")
+    both = fliqs_tf.tfmot.FliqsQuantizeConfig(["INT4", "INT8"])
+    model = annotated(small(), {"a": of_weights, "b": both})
+    search = fliqs_tf.SearchModel(tfmot.quantize_apply(model))  # by TFMOT's own scheme; ours refuses it
+    recipe = search.recipe()
+    assert list(recipe.formats) == ["a/weights", "a/activations", "b/weights", "b/activations"]
+    assert recipe.formats["a/activations"] == "FP32"
+    bits = {path: int(fliqs_tf.Format(fmt).bits) for path, fmt in recipe.formats.items()}
+    macs = 20 * bits["a/weights"] * 32 + 15 * bits["b/weights"] * bits["b/activations"]
+    assert fliqs_tf.costs.bops(search) == macs / 1e9
+
+
+@only_tf_keras
 def test_tfmots_own_scheme_adds_its_own_quantization():
     model = annotated(small(), {"b": fliqs_tf.tfmot.FliqsQuantizeConfig(["INT4", "INT8"])})
     by_default = tfmot.quantize_apply(model)
