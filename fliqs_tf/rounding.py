@@ -193,7 +193,7 @@ def fake_quant(x, fmt: Format | str, axis=None, *, amax=None) -> tf.Tensor:
         wrong = amax[~((amax >= 0) & np.isfinite(amax))]
         if wrong.size:
             raise ValueError(
-                f"amax must be 0 or more and finite, got {wrong.flat[0]:.6g}: it is the magnitude at which values saturate. "
+                f"amax must be 0 or more and finite, got {wrong.flat[0]:.6g}: it is where values saturate. "
                 f"Leave it out to take it from x."
             )
     x = tf.convert_to_tensor(x)
