@@ -11,6 +11,11 @@ from fliqs_tf._keras import keras
 L = keras.layers
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_every_run():
+    keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(scope="module")
 def digits():
     return datasets.load("digits", None, 0, 0.1)

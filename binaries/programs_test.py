@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -105,26 +104,42 @@ def weights(path):
     return {f"{i}": np.asarray(w) for i, w in enumerate(keras.models.load_model(path).get_weights())}
 
 
+# search.py that sends itself a signal when it has written the checkpoint of a step.
+INTERRUPTED = """
+import os, signal, sys
+from absl import app
+from binaries import search
+from fliqs_tf import checkpoints
+at, kind, *flags = sys.argv[1:]
+save = checkpoints.save
+def save_and_stop(directory, model, step, **options):
+    save(directory, model, step, **options)
+    if step == int(at):
+        os.kill(os.getpid(), signal.Signals[kind])
+checkpoints.save = save_and_stop
+app.run(search.main, argv=["search.py", *flags])
+"""
+
+
+def interrupted(at, kind, *flags):
+    command = [sys.executable, "-c", INTERRUPTED, str(at), kind, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
 def test_killed_and_resumed_ends_with_the_same_bits(searched, tmp_path):
     path, _ = searched
-    process = start("search.py", f"--run_dir={tmp_path / 'killed'}", *SMALL)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed").glob("checkpoints/step-00000025.ckpt")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate()
-    assert process.returncode == 75, errors
+    flags = [f"--run_dir={tmp_path / 'killed'}", *SMALL]
+    status, output, errors = interrupted(25, "SIGTERM", *flags)
+    assert status == 75, errors
     step = int(re.search(r"Stopped on request at step (\d+), with a checkpoint of it\. Go on by --resume\.", output)[1])
-    process = start("search.py", f"--run_dir={tmp_path / 'killed'}", "--resume", *SMALL)
-    while not list((tmp_path / "killed").glob("checkpoints/step-00000050.ckpt")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert f"Going on from step {step} of 80." in process.communicate()[0]
+    assert 25 <= step < 50
+    status, output, errors = interrupted(50, "SIGKILL", *flags, "--resume")
+    assert status == -signal.SIGKILL, errors
+    assert f"Going on from step {step} of 80." in output
     status, output, errors = run("search.py", f"--run_dir={tmp_path / 'killed'}", "--resume", *SMALL)
     assert status == 0, errors
-    assert "Going on from step" in output
+    assert "Going on from step 50 of 80." in output
     for name, array in weights(path / "model.keras").items():
         np.testing.assert_array_equal(array, weights(tmp_path / "killed" / "model.keras")[name], err_msg=name)
     last = "checkpoints/step-00000080.ckpt"

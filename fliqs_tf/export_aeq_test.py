@@ -16,6 +16,11 @@ L = keras.layers
 FORMATS = {"conv": "INT4", "conv_1": "INT8", "dense": "INT4", "dense_1": "BF16", "dense_1_1": "INT8"}
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_every_run():
+    keras.utils.set_random_seed(0)
+
+
 def network(norm: bool):
     """Names that are parts of one another; a channel that is all zero, and hard weights."""
     inputs = keras.Input((8, 8, 16), name="image")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
+from fliqs_tf import batches
 from fliqs_tf._keras import check_model
 
 KERNELS = ("XNNPACK", "built-in")
+_BATCH = 32  # examples of arrays that are computed at a time
 _STEPS = 127  # of a float output: a 127th of its largest magnitude counts as a step
 
 
@@ -65,13 +66,15 @@ def check(final, path: str | os.PathLike, data) -> list[Agreement]:
     Args:
       final: The Keras model.
       path: What `fliqs_tf.export.tflite` wrote.
-      data: Batches of x or (x, y), as a `tf.data.Dataset` or list; or one array x or pair (x, y). y: class labels.
+      data: Examples x, or (x, y) with class labels y: arrays, or batches as a `tf.data.Dataset`, list or generator;
+        see `fliqs_tf.batches`. x of a model with several inputs is a list of arrays, or a dict by their names.
 
     Returns:
       One `Agreement` per output and per set of kernels.
 
     Raises:
-      ValueError: The file is damaged, or does not fit the model.
+      TypeError: The data are something else.
+      ValueError: The file is damaged, or does not fit the model; or the data do not.
       FileNotFoundError: It is not there.
     """
     return check_all([final], path, data)[0]
@@ -84,14 +87,14 @@ def check_all(models: list, path: str | os.PathLike, data) -> list[list[Agreemen
         check_model(model)
         programs[KERNELS[0]].check_fits(model)
     expected, labels, got = [[] for _ in models], [], {kernels: [] for kernels in KERNELS}
-    for x, y in _batches(data):
+    for x, y, _ in batches.read(data, models[0], "data").in_order(_BATCH):
         for model, outputs in zip(models, expected):
             outputs.append([np.asarray(output) for output in tf.nest.flatten(model(x, training=False))])
         labels += [] if y is None else [np.asarray(y).reshape(len(np.asarray(y)), -1)]
         for kernels, program in programs.items():
-            got[kernels].append(program([np.asarray(part) for part in tf.nest.flatten(x)]))
+            got[kernels].append(program([np.asarray(part) for part in _in_order(x, models[0])]))
     if not expected[0]:
-        raise ValueError("There is no batch to compare on.")
+        raise ValueError("data has no batch to compare on.")
     truth = np.concatenate(labels) if labels else None
     return [
         [
@@ -136,16 +139,10 @@ def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
     )
 
 
-def _batches(data) -> Iterator[tuple]:
-    """(x, y or None) of what `check` takes."""
-    if isinstance(data, np.ndarray) or tf.is_tensor(data) or _is_pair(data):
-        data = [data]
-    for batch in data:
-        yield batch if _is_pair(batch) else (batch, None)
-
-
-def _is_pair(batch) -> bool:
-    return isinstance(batch, tuple) and len(batch) == 2
+def _in_order(x, model) -> list:
+    """One array per input, in the order of the model's inputs, which that of a dict need not be."""
+    names = [tensor.name.partition(":")[0] for tensor in tf.nest.flatten(model.inputs)]
+    return [x[name] for name in names] if isinstance(x, dict) and set(names) <= set(x) else tf.nest.flatten(x)
 
 
 class Program:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import fliqs_tf
 from fliqs_tf import export_check
@@ -10,11 +11,16 @@ from fliqs_tf._keras import keras
 L = keras.layers
 
 
+def network():
+    keras.utils.set_random_seed(0)
+    inputs = L.Input((4,), name="features")
+    hidden = L.Dense(6, activation="relu", name="hidden")(inputs)
+    return keras.Model(inputs, L.Dense(3, name="logits")(hidden), name="net")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    keras.utils.set_random_seed(0)
-    image = L.Input((4,))
-    final = fliqs_tf.apply(keras.Model(image, L.Dense(3, name="logits")(L.Dense(6, activation="relu")(image))), "INT8")
+    final = fliqs_tf.apply(network(), "INT8")
     x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
     path = tmp_path_factory.mktemp("file") / "model.tflite"
     return fliqs_tf.export.tflite(final, path, [x]), path, x
@@ -40,6 +46,7 @@ def test_agreement_in_steps(exported):
 
 
 def test_a_size_that_keras_leaves_open_fits(tmp_path):
+    keras.utils.set_random_seed(0)
     image = L.Input((3, 5, 4))
     y = L.EinsumDense("abcd,de->abce", output_shape=(None, None, 2))(image)
     x = np.random.default_rng(0).normal(size=(8, 3, 5, 4)).astype(np.float32)
@@ -53,7 +60,7 @@ def test_a_size_that_keras_leaves_open_fits(tmp_path):
 
 
 def test_a_wrong_or_damaged_file_is_refused(exported, tmp_path):
-    model, path, _ = exported
+    _, path, _ = exported
     content = path.read_bytes()
     other = keras.Sequential([L.Input((5,)), L.Dense(3)])
     with pytest.raises(ValueError, match="this file was not made from it"):
@@ -67,5 +74,83 @@ def test_a_wrong_or_damaged_file_is_refused(exported, tmp_path):
     (tmp_path / "noise.tflite").write_bytes(np.random.default_rng(0).bytes(3000))
     with pytest.raises(ValueError, match="is no .tflite file, or is damaged"):
         export_check.Program(tmp_path / "noise.tflite")
-    with pytest.raises(ValueError, match="no batch"):
-        fliqs_tf.export.check(model, path, [])
+
+
+def forms_of(x, y):
+    """Everything that holds these 40 examples: {name: (function that gives it, are there labels)}.
+
+    Batches are of 32 and 8, as those of arrays are.
+    """
+    dataset = tf.data.Dataset.from_tensor_slices
+    return {
+        "array": (lambda: x, False),
+        "tensor": (lambda: tf.constant(x), False),
+        "float64": (lambda: x.astype(np.float64), False),
+        "pair": (lambda: (x, y), True),
+        "triple": (lambda: (x, y, np.ones(40)), True),
+        "list of batches": (lambda: [x[:32], x[32:]], False),
+        "list of pairs": (lambda: [(x[:32], y[:32]), (x[32:], y[32:])], True),
+        "generator": (lambda: (x[i : i + 32] for i in (0, 32)), False),
+        "dataset": (lambda: dataset(x).batch(32), False),
+        "dataset of pairs": (lambda: dataset((x, y)).batch(32), True),
+        "dict": (lambda: {"features": x}, False),
+    }
+
+
+FORMS = list(forms_of(None, None))
+
+
+@pytest.fixture(scope="module")
+def calibrated(exported, tmp_path_factory):
+    """The file for two batches, which have ranges of their own."""
+    _, _, x = exported
+    path = tmp_path_factory.mktemp("file") / "model.tflite"
+    fliqs_tf.export.tflite(fliqs_tf.apply(network(), "INT8"), path, [x[:32], x[32:]])
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_in_every_form(exported, calibrated, form, tmp_path):
+    model, path, x = exported
+    make, has_labels = forms_of(x, np.asarray(model(x)).argmax(-1))[form]
+    first, *_ = fliqs_tf.export.check(model, path, make())
+    assert first.examples == 40 and first.equal == 1 and first.accuracy == (1.0 if has_labels else None)
+    final = fliqs_tf.apply(network(), "INT8")
+    fliqs_tf.export.tflite(final, tmp_path / "model.tflite", make())
+    assert (tmp_path / "model.tflite").read_bytes() == calibrated
+
+
+@pytest.mark.parametrize(
+    "data, error, message",
+    [
+        (3, TypeError, "must be a tf.data.Dataset of batches, arrays .* got int"),
+        ("x", TypeError, "must be a tf.data.Dataset of batches, arrays .* got str"),
+        ([], ValueError, "has no batch"),
+        (np.zeros((0, 4), "f"), ValueError, "has no example"),
+        (np.zeros((2, 5), "f"), ValueError, r"has inputs of shape \(2, 5\), but the network takes batches \(None, 4\)"),
+        (tf.data.Dataset.from_tensor_slices(np.zeros((2, 4))), ValueError, ".*There must be an axis of examples first"),
+    ],
+)
+def test_data_that_are_none(exported, tmp_path, data, error, message):
+    model, path, _ = exported
+    with pytest.raises(error, match=f"data {message}"):
+        fliqs_tf.export.check(model, path, data)
+    with pytest.raises(error, match=f"representative {message}"):
+        fliqs_tf.export.tflite(fliqs_tf.apply(network(), "INT8"), tmp_path / "model.tflite", data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_by_name(tmp_path):
+    """Of equal shapes, and not in the order of their names."""
+    keras.utils.set_random_seed(0)
+    second, first = L.Input((4,), name="second"), L.Input((4,), name="first")
+    y = L.Concatenate()([L.Dense(3, activation="relu")(second), L.Dense(3, activation="relu")(first)])
+    final = fliqs_tf.apply(keras.Model([second, first], L.Dense(2)(y)), "INT8")
+    x = {name: np.random.default_rng(i).normal(size=(20, 4)).astype("f") for i, name in enumerate(("first", "second"))}
+    by_name = fliqs_tf.export.tflite(final, tmp_path / "by_name.tflite", x)
+    in_order = [x["second"], x["first"]]
+    fliqs_tf.export.tflite(final, tmp_path / "in_order.tflite", in_order)
+    assert (tmp_path / "by_name.tflite").read_bytes() == (tmp_path / "in_order.tflite").read_bytes()
+    for data in (x, in_order, [x], [in_order], tf.data.Dataset.from_tensor_slices(x).batch(7)):
+        agreement, *_ = fliqs_tf.export.check(by_name, tmp_path / "by_name.tflite", data)
+        assert agreement.largest <= 1 and agreement.equal > 0.95 and agreement.examples == 20, agreement

@@ -39,6 +39,11 @@ INPUT_FORMATS = [
 WEIGHT_FORMATS = [*INPUT_FORMATS, "E2M3", "E3M2", "E4M1"]
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_every_run():
+    keras.utils.set_random_seed(0)
+
+
 def run(path, *inputs, level=LEVELS[1]):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level

@@ -20,7 +20,7 @@ import os
 
 import numpy as np
 
-from fliqs_tf import carriers, export_graph, files, kernel_rounding, tflite_file
+from fliqs_tf import batches, carriers, export_graph, files, kernel_rounding, tflite_file
 from fliqs_tf._keras import check_model
 from fliqs_tf.export_steps import Graph, Grid, Linear, Step, ones
 from fliqs_tf.tflite_file import TfliteFile
@@ -28,6 +28,7 @@ from fliqs_tf.tflite_file import TfliteFile
 _ACTIVATION = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType of the schema
 _PADDING = {"same": 0, "valid": 1}
 _LARGEST = 127
+_BATCH = 32  # examples of arrays that are computed at a time
 # Biases are int32, and accumulators of a few thousand products must fit beside them.
 _LARGEST_BIAS = 2**30
 
@@ -38,8 +39,9 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
     Args:
       final: What `qmodel.deploy()` or `fliqs_tf.apply` gave, trained. Stays as it is.
       path: The file to write. It is whole or not there.
-      representative: Batches of model inputs, for the ranges of int8 tensors that a model trained without
-        `target="tflite"` lacks. Enough that typical extremes are among them: a few hundred examples.
+      representative: Examples, for the ranges of int8 tensors that a model trained without `target="tflite"` lacks:
+        arrays, or batches as a `tf.data.Dataset`, list or generator, labels or not; see `fliqs_tf.batches`. Enough
+        that typical extremes are among them: a few hundred.
       int4: Store weights of 4 bits or fewer as int4, two to a byte, where there are kernels. XNNPACK has none for
         convolutions: LiteRT's own are slower and round twice. False: one to a byte, faster and exact, twice the size.
 
@@ -49,8 +51,9 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
       right; `check` of `final` what the way to the file has cost.
 
     Raises:
-      TypeError: The model is of the other Keras.
-      ValueError: A layer or a format that TFLite does not have, or missing ranges; names the layer.
+      TypeError: The model is of the other Keras, or `representative` something else than examples.
+      ValueError: A layer or a format that TFLite does not have, or missing ranges; names the layer. Or examples that
+        do not fit the model.
       ImportError: ai-edge-litert is not installed.
     """
     check_model(final)
@@ -59,7 +62,8 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
     model = carriers.with_carriers(carriers.without(final, kernel_rounding.ROUNDINGS))
-    carriers.calibrate(model, representative)
+    examples = None if representative is None else batches.read(representative, model, "representative")
+    carriers.calibrate(model, examples and (batch.x for batch in examples.in_order(_BATCH)))
     export_graph.settle(model)
     writer = _Writer(export_graph.steps(model), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")

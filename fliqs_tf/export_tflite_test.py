@@ -15,6 +15,11 @@ from fliqs_tf.quantizers import ActivationQuantizer
 L = keras.layers
 
 
+@pytest.fixture(autouse=True)
+def same_weights_in_every_run():
+    keras.utils.set_random_seed(0)
+
+
 def examples(n, *shape, seed=0):
     return np.random.default_rng(seed).normal(size=(n, *shape)).astype(np.float32)
 
