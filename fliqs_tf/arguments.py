@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +17,40 @@ _LOG = logging.getLogger("fliqs_tf")
 _MOST_INT32 = 2**31 - 1
 # What a file does not hold.
 _CODE = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """What a search model was compiled with, checked.
+
+    Keras tracks the layers and metrics that it finds in the lists and dicts of a model; this object it leaves alone.
+
+    Attributes:
+      target: Target cost in the cost's unit, or None.
+      cost: What is counted.
+      table: Cost of samples.
+      reward: An object of `rewards`.
+      quality: See `quality.quality_function`.
+      quality_every, quality_samples, search_steps, seed, sample_per_replica: As for `SearchModel.compile`.
+      given: {argument: what `compile` was given}, for a file.
+    """
+
+    target: float | None
+    cost: costs.Cost
+    table: costs.CostTable
+    reward: Any
+    quality: Callable
+    quality_every: int
+    quality_samples: int
+    search_steps: int | None
+    seed: int
+    sample_per_replica: bool
+    given: Mapping[str, Any]
+
+    @property
+    def decides_on(self) -> tuple:
+        """What a decision depends on, beside the target."""
+        return self.cost.name, self.cost.unit, self.reward
 
 
 def whole(name: str, value, least: int) -> int:
@@ -48,7 +85,7 @@ def _is_of_keras(value) -> bool:
     return type(value).__module__.split(".")[0] == keras.__name__
 
 
-def to_config(given: dict) -> dict:
+def to_config(given: Mapping) -> dict:
     """What a file holds of the arguments: all of them as data, or under "code" the names of those that are none."""
     data = {name: _as_data(value) for name, value in given.items()}
     code = [name for name, value in data.items() if value is _CODE]

@@ -88,7 +88,7 @@ def test_weights_and_doubles():
 )
 def test_several_inputs(data):
     (batch,) = in_order(data, two_inputs(), size=8)
-    a, b = batch.x.values() if isinstance(batch.x, dict) and "b" != next(iter(batch.x)) else tf.nest.flatten(batch.x)
+    a, b = tf.nest.flatten(batch.x)
     np.testing.assert_array_equal(a, X)
     np.testing.assert_array_equal(b, 2 * X)
 

@@ -44,14 +44,16 @@ class SearchLog(keras.callbacks.Callback):
             self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
         else:
             _LOG.warning("No TensorBoard events: pip install tensorboard. metrics.jsonl has the same figures.")
-        self.step = int(tf.convert_to_tensor(self.model.controller.step))
+        self.step = None
         total = int(tf.convert_to_tensor(self.model.controller.total_steps))
         self.interval = self.every or max(1, total // 200)
         self.start = time.monotonic()
-        self._write(self.step, {})
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
+        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+            self.step = int(tf.convert_to_tensor(self.model.controller.step))
+            self._write(self.step, {})
 
     def on_train_batch_end(self, batch, logs=None):
         before, self.step = self.step, self.step + batch - self.last_batch
@@ -66,7 +68,8 @@ class SearchLog(keras.callbacks.Callback):
             self._scalars(self.step, validation)
 
     def on_train_end(self, logs=None):
-        self._write(self.step, {})
+        if self.step is not None:
+            self._write(self.step, {})
         self.file.close()
         if self.writer:
             self.writer.close()
@@ -154,14 +157,16 @@ class SearchCheckpoint(keras.callbacks.Callback):
         self.every_minutes, self.preempted, self.write = every_minutes, preempted, write
 
     def on_train_begin(self, logs=None):
-        controller = getattr(self.model, "controller", None)
-        done = self.model.optimizer.iterations if controller is None else controller.step
-        self.step = self.saved = int(tf.convert_to_tensor(done))
+        self.step = None
         self.workers = replicas.Workers(self.model.distribute_strategy)
         self.saved_at = time.monotonic()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
+        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+            controller = getattr(self.model, "controller", None)
+            done = self.model.optimizer.iterations if controller is None else controller.step
+            self.step = self.saved = int(tf.convert_to_tensor(done))
 
     def on_train_batch_end(self, batch, logs=None):
         before, self.step = self.step, self.step + batch - self.last_batch
@@ -178,7 +183,7 @@ class SearchCheckpoint(keras.callbacks.Callback):
             raise Preempted(self.step)
 
     def on_train_end(self, logs=None):
-        if self.step > self.saved:
+        if self.step is not None and self.step > self.saved:
             self._save()
 
     def _save(self):

@@ -132,6 +132,8 @@ class Controller(keras.layers.Layer):
         self._critic_prior = critic.make_prior(noise, self._mask)
 
         self.logits = add_state(self, "logits", shape, "float32")
+        if estimator == "critic":
+            self.logits.assign(self._odds)  # what is drawn from until something was learned
         self.step = add_state(self, "step", (), "int32")
         self.total_steps = add_state(self, "total_steps", (), "int32", initial=1)
         self.target = add_state(self, "target", (), "float32", initial=1)

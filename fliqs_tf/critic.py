@@ -276,12 +276,11 @@ def solve_exactly(state: State, prior: Prior) -> np.ndarray:
         max(float(state.noise), 1e-4 * float(state.square / state.count), 1e-30),
     )
     decisions, options = prior.profile.shape
-    # The covariance of the effects, which is all that A is needed for: e = K (K G / noise + 1)^-1 b / noise.
-    profile, residual = prior.profile.astype(np.float64), prior.residual.astype(np.float64)
-    covariance = _MEAN_SD**2 * np.outer(profile, profile)
-    for d in range(decisions):
-        rows = slice(d * options, (d + 1) * options)
-        covariance[rows, rows] += np.outer(profile[d], profile[d]) + np.diag(residual[d] ** 2)
-    covariance *= scale
-    system = covariance @ state.gram / noise + np.eye(decisions * options)
-    return np.linalg.solve(system, covariance @ state.moment / noise).reshape(decisions, options)
+    # effects = A z with z standard normal: what all decisions share, each decision's sensitivity, each option's rest.
+    # In z the system is the identity and something that is not negative, so it can be solved however wide the menu is.
+    profile = prior.profile.astype(np.float64)
+    shared = _MEAN_SD * profile.reshape(-1, 1)
+    each = (np.eye(decisions)[:, None] * profile[..., None]).reshape(-1, decisions)
+    a = np.sqrt(scale) * np.hstack([shared, each, np.diag(prior.residual.astype(np.float64).ravel())])
+    system = np.eye(a.shape[1]) + a.T @ state.gram @ a / noise
+    return (a @ np.linalg.solve(system, a.T @ state.moment / noise)).reshape(decisions, options)

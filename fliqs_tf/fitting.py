@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf import normalization, replicas
-from fliqs_tf._keras import keras
+from fliqs_tf import batches, normalization, replicas
+from fliqs_tf._keras import IS_KERAS_3, keras
 
 _LOG = logging.getLogger("fliqs_tf")
 # Batches from which moving averages are estimated: 32 batches of 64 give their means to about 2 % of a deviation.
 ESTIMATION_BATCHES = 32
-# A non-finite loss is noticed within so many steps; the variable it is noticed by remembers the exact one.
+# Weights that are not finite are noticed within so many steps; looking more often would be felt.
 _CHECK_EVERY = 16
+_BATCH_SIZE = 32  # Keras' default
 
 
 def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
@@ -25,44 +26,111 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
     if isinstance(x, tf.data.Dataset):
         arguments.setdefault("shuffle", False)  # Keras 3 warns that a data set does not follow its default
-    batch_size = int(arguments.get("batch_size") or 32)
-    batches = None
+    training = _training_source(model.network, arguments)
+    calibration = training
+    if calibration_data is not None:
+        calibration = batches.read(calibration_data, model.network, "calibration_data")
+    readings = None
     if quality_data is not None:
-        dataset = _as_dataset(quality_data, batch_size)
-        _check_batched(dataset, model.network)
-        batches = _endless(dataset, model.distribute_strategy)
+        readings = batches.read(quality_data, model.network, "quality_data")
+        _check_labels(readings, model)
     _restart_if_compiled_anew(model, arguments)
+    model.bad_step.assign(-1)
     start = int(tf.convert_to_tensor(model.controller.step))
     total = _total_steps(model, arguments, start)
     model.configure_controller(total, held_out=quality_data is not None)
     _create_variables(model, arguments)
-    loop = _SearchLoop(model, start, batches)
+    size = int(arguments.get("batch_size") or _size_of_batches(x) or _BATCH_SIZE)
+    loop = _SearchLoop(model, readings, size)
     arguments["callbacks"] = [loop, *_as_list(arguments.get("callbacks"))]
-    training_inputs = (_training_part(x, arguments.get("validation_split")), batch_size)
-    model.__dict__["_training_inputs"] = training_inputs
-    history = keras_fit(**arguments)
+    model.__dict__["_training_source"] = training
+    model._is_fitting = True
+    try:
+        history = keras_fit(**arguments)
+    finally:
+        model._is_fitting = False
     loop.keep_decision()
+    step = int(tf.convert_to_tensor(model.controller.step))
+    if step < total and not model.stop_training and model._compiled_for.search_steps is None:
+        _LOG.warning(
+            "The training data ended at step %d of %d: the search ends there. For one that goes on in another fit "
+            "compile search_steps.",
+            step,
+            total,
+        )
+        model.stop_training = True
     if model.stop_training:
-        loop.decide()  # a callback has ended the search early
-    model._searching = not loop.decided
+        loop.decide()  # the search has ended early
     model.use_sample()
-    if model.stop_training or int(tf.convert_to_tensor(model.controller.step)) >= total:
+    if model.stop_training or step >= total:
         # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
-        reestimate(model, training_inputs if calibration_data is None else calibration_data)
+        reestimate(model, calibration)
     return history
 
 
+def decide(model) -> None:
+    """Takes the decision, if it is open."""
+    if bool(tf.convert_to_tensor(model.controller.decided)):
+        return
+    model.controller.decide(replicas.Workers(model.distribute_strategy).first)
+    model.__dict__["_decided_for"] = model._compiled_for.decides_on
+    model.use_sample()
+
+
+def decide_if_due(model) -> None:
+    """Takes the decision at the step that it is planned for, or after it."""
+    if int(tf.convert_to_tensor(model.controller.step)) >= model.controller.decided_at():
+        decide(model)
+
+
 def reestimate(model, data) -> None:
-    """Estimates the moving averages of a search model from a few batches of data, see `inputs_of`."""
-    source = data[0] if isinstance(data, tuple) else data
-    shared = isinstance(source, tf.distribute.DistributedDataset)
-    used = normalization.reestimate(model.network, inputs_of(data), shared=shared)
-    if not used and normalization.batch_norms(model.network):
+    """Estimates the moving averages of a search model for its formats; a warning where there is nothing to do it from.
+
+    Args:
+      model: The search model.
+      data: Examples or their `batches.Source`, or None.
+    """
+    if not estimate(model.network, data) and normalization.batch_norms(model.network):
         _LOG.warning(
             "The moving averages of batch normalization stay as training left them, those of the formats that it "
             "computed with: there is no batch to estimate them anew from (a generator is read once). Give "
-            "fit(calibration_data=...) a data set or arrays."
+            "calibration_data, a data set or arrays."
         )
+
+
+def estimate(network, data) -> int:
+    """Estimates the moving averages of a network from a few batches.
+
+    Args:
+      network: Its formats must be set.
+      data: Examples or their `batches.Source`, or None.
+
+    Returns:
+      The number of batches that were used.
+    """
+    if data is None or not normalization.batch_norms(network):
+        return 0
+    source = data if isinstance(data, batches.Source) else batches.read(data, network, "calibration_data")
+    size = source.batch_size or _BATCH_SIZE
+    inputs = (batch.x for batch in source.some(ESTIMATION_BATCHES, size))
+    return normalization.reestimate(network, inputs, shared=source.is_distributed)
+
+
+def _training_source(network, arguments) -> batches.Source | None:
+    """The training data of `fit` without those at the end that Keras keeps for validation; None for a generator, which
+    training uses up, and for what only Keras understands."""
+    x = arguments["x"]
+    if isinstance(x, Iterator):
+        return None
+    try:
+        source = batches.read(x, network, "x")
+    except (TypeError, ValueError):
+        return None  # Keras says what is wrong with it
+    if source.arrays is None:
+        return source
+    training = 1 - (arguments.get("validation_split") or 0)
+    size = int(arguments.get("batch_size") or _BATCH_SIZE)
+    return source.first(int(batches.example_count(source.arrays) * training), batch_size=size)
 
 
 def _restart_if_compiled_anew(model, arguments) -> None:
@@ -72,11 +140,8 @@ def _restart_if_compiled_anew(model, arguments) -> None:
         return
     decided_for = float(tf.convert_to_tensor(controller.target))
     # What a file does not say, of a search that was loaded, counts as unchanged.
-    same = math.isclose(target, decided_for, rel_tol=1e-6) and model.__dict__.get("_decided_for") in (
-        None,
-        _asked(model),
-    )
-    if same:
+    same = model.__dict__.get("_decided_for") in (None, model._compiled_for.decides_on)
+    if same and math.isclose(target, decided_for, rel_tol=1e-6):
         return
     if arguments.get("initial_epoch"):
         _LOG.warning(
@@ -98,14 +163,9 @@ def _restart_if_compiled_anew(model, arguments) -> None:
     model.restart()
 
 
-def _asked(model) -> tuple:
-    """What a decision depends on, beside the target."""
-    return model.cost.name, model.cost.unit, model._search["reward"]
-
-
 def _total_steps(model, arguments, start: int) -> int:
-    if model._search["steps"]:
-        return model._search["steps"]
+    if model._compiled_for.search_steps:
+        return model._compiled_for.search_steps
     known = int(tf.convert_to_tensor(model.controller.total_steps))
     first_epoch = arguments.get("initial_epoch") or 0
     if start and start >= known > 0 and not first_epoch:
@@ -131,70 +191,77 @@ def _steps_per_epoch(arguments) -> int | None:
     arrays = [a for a in tf.nest.flatten(x) if hasattr(a, "shape")]
     if arrays:
         examples = arrays[0].shape[0] * (1 - (arguments.get("validation_split") or 0))
-        return math.ceil(int(examples) / (arguments.get("batch_size") or 32))
+        return math.ceil(int(examples) / (arguments.get("batch_size") or _BATCH_SIZE))
     return len(x) if hasattr(x, "__len__") else None
 
 
 def _create_variables(model, arguments) -> None:
-    """Creates the variables of optimizer and metrics, which Keras would create in the first training step: a step that
-    creates variables is traced twice, and tracing a large network takes seconds."""
+    """Creates the variables of optimizer and metrics, which tf_keras would create in the first training step: a step
+    that creates variables is traced twice, and tracing a large network takes seconds. (Keras 3 does it by itself.)
+
+    Nothing is computed: losses and metrics of the user may take nothing but real data.
+    """
+    if IS_KERAS_3:
+        return
     with model.distribute_strategy.scope():
-        model.optimizer.build(model.trainable_variables)
-    x, y = arguments["x"], arguments.get("y")
-    if isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)):
-        _, y, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
-        # Of several replicas' shares the first.
-        y = y if hasattr(y, "shape") else (tf.nest.flatten(y, expand_composites=True) or [None])[0]
-    outputs = model.network.outputs
-    if len(outputs) != 1 or not hasattr(y, "shape"):
-        return  # then the first step is traced twice
+        if hasattr(model.optimizer, "build"):  # those of optimizers.legacy have none
+            model.optimizer.build(model.trainable_variables)
+        y_pred = model.network._nested_outputs
+        try:
+            if not model.compiled_loss.built:
+                model.compiled_loss.build(y_pred)
+            if not model.compiled_metrics.built:
+                labels = model.compiled_metrics._conform_to_outputs(y_pred, _labels(arguments))
+                model.compiled_metrics.build(y_pred, labels)
+        except Exception as error:  # whatever it is, the step will say it, or create them
+            _LOG.debug("Metrics are created in the first step, which is traced twice: %r", error)
 
-    def one_example(t):
-        return tf.zeros([1, *[size or 1 for size in tuple(t.shape)[1:]]], t.dtype)
 
-    y_pred_spec = outputs[0]
-
-    def count_one_example():
-        y_true, y_pred = one_example(y), one_example(y_pred_spec)
-        model.compute_loss(None, y_true, y_pred, None)
-        model.compute_metrics(None, y_true, y_pred, None)
-
-    if model.distribute_strategy.num_replicas_in_sync == 1:
-        count_one_example()
-    else:
-        tf.function(lambda: model.distribute_strategy.run(count_one_example), autograph=False)()
-    model.reset_metrics()
+def _labels(arguments):
+    """The labels of `fit`, or their specs."""
+    x = arguments["x"]
+    spec = getattr(x, "element_spec", None)
+    return arguments.get("y") if spec is None else keras.utils.unpack_x_y_sample_weight(spec)[1]
 
 
 class _SearchLoop(keras.callbacks.Callback):
-    """Between training steps: readings of quality, the decision, and a look whether the loss is finite."""
+    """Between training steps: readings of quality, the decision, and a look whether all is finite.
 
-    def __init__(self, search_model, start: int, batches):
+    Args:
+      search_model: A `SearchModel`.
+      source: What readings are from, or None.
+      size: Examples per reading, of arrays.
+    """
+
+    def __init__(self, search_model, source, size):
         super().__init__()
-        self.search_model, self.step, self.batches = search_model, start, batches
+        self.search_model = search_model
         self.strategy = search_model.distribute_strategy
         self.workers = replicas.Workers(self.strategy)
-        self.draw, self.read, self.learn = _reading_functions(search_model)
-        self.decided = bool(tf.convert_to_tensor(search_model.controller.decided))
-        self.logits = np.array(tf.convert_to_tensor(search_model.controller.logits))
+        self.source = source
+        self.batches = None if source is None else source.endless(size, search_model._compiled_for.seed)
+        self.draw, self.read, self.learn = _functions(search_model)
+        self.step = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
+        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+            self.step = self._controller_step()
+            self._note_decision()
         self.keep_decision()
 
     def on_train_batch_end(self, batch, logs=None):
         before, self.step = self.step, self.step + batch - self.last_batch
         self.last_batch = batch
-        search, controller = self.search_model._search, self.search_model.controller
         if self.step // _CHECK_EVERY > before // _CHECK_EVERY:
             self._check_finite()
         if self.decided:
             return
-        if self.step >= controller.decided_at():
+        if self.step >= self.search_model.controller.decided_at():
             self.decide()
         elif self.batches is not None:
             # With steps_per_execution several may be due.
-            every = search["every"]
+            every = self.search_model._compiled_for.quality_every
             for reading in range(before // every + 1, self.step // every + 1):
                 self._read(reading * every - 1)
 
@@ -205,25 +272,23 @@ class _SearchLoop(keras.callbacks.Callback):
         """Takes the decision, once."""
         if self.decided:
             return
-        search, controller = self.search_model._search, self.search_model.controller
-        if self.batches is not None and self.step < search["every"]:
+        every = self.search_model._compiled_for.quality_every
+        if self.batches is not None and self.step < every:
             _LOG.warning(
                 "The formats are decided after %d steps without one reading of quality_data, which happens every %d "
                 "steps (quality_every): only their cost was known.",
                 self.step,
-                search["every"],
+                every,
             )
-        controller.decide(self.workers.first)
-        self.search_model.__dict__["_decided_for"] = _asked(self.search_model)
-        self.search_model.use_sample()
-        self.decided, self.logits = True, np.array(tf.convert_to_tensor(controller.logits))
+        decide(self.search_model)
+        self._note_decision()
 
     def keep_decision(self):
         """Puts the decision back where a callback has restored weights from before it, the controller's among them."""
         controller = self.search_model.controller
         if not self.decided:
             return
-        restored = int(tf.convert_to_tensor(controller.step))
+        restored = self._controller_step()
         if not bool(tf.convert_to_tensor(controller.decided)):
             _LOG.warning(
                 "A callback restored the weights of step %d, when the formats were still open. The decision stays, "
@@ -236,32 +301,48 @@ class _SearchLoop(keras.callbacks.Callback):
             controller.decided.assign(True)
         controller.step.assign(max(restored, self.step))
 
+    def _controller_step(self) -> int:
+        return int(tf.convert_to_tensor(self.search_model.controller.step))
+
+    def _note_decision(self):
+        controller = self.search_model.controller
+        self.decided = bool(tf.convert_to_tensor(controller.decided))
+        self.logits = np.array(tf.convert_to_tensor(controller.logits))
+
     def _read(self, step: int):
-        data = next(self.batches)
+        batch = next(self.batches)
+        data = batch if self.source.is_distributed else _shared(batch, self.strategy)
         samples = self.draw(tf.constant(step))
-        k = self.search_model._search["samples"]
+        k = self.search_model._compiled_for.quality_samples
         self.learn(samples, [self.read(data, samples, tf.constant(i)) for i in range(k)])
 
     def _check_finite(self):
         bad = int(tf.convert_to_tensor(self.search_model.bad_step))
         if bad >= 0:
-            raise FloatingPointError(
-                f"The loss was not finite at step {bad}. Stopped: go back to a checkpoint from before it, and lower "
-                f"the learning rate or leave the narrowest formats out of the menu."
-            )
-
-
-def _reading_functions(model) -> tuple:
-    """(draw, read, learn) as graphs, made once per `compile`: a second `fit` traces nothing again."""
-    search, strategy = model._search, model.distribute_strategy
-    if "functions" not in search:
-        search["functions"] = (
-            tf.function(lambda step: strategy.run(model.draw_for_reading, (step,))),
-            # A replica's samples stay where they were drawn.
-            tf.function(lambda data, samples, i: strategy.run(_read_one(model), (data, samples, i))),
-            tf.function(lambda samples, qualities: strategy.run(_learn(model), (samples, qualities))),
+            what = f"The loss was not finite at step {bad}"
+        elif not _all_finite(self.search_model.network):
+            # The loss can stay finite: on a CPU a ReLU gives 0 for NaN.
+            what = f"Weights or moving averages are not finite at step {self.step}, or since a few steps before it"
+        else:
+            return
+        raise FloatingPointError(
+            f"{what}. Stopped: look for NaN or infinities in the data; go back to a checkpoint from before it, and "
+            f"lower the learning rate or leave the narrowest formats out of the menu."
         )
-    return search["functions"]
+
+
+def _functions(model) -> tuple:
+    """(draw, read, learn) as graphs, made once per `compile`: a second `fit` traces nothing again."""
+    run = model.distribute_strategy.run
+    if model._reading_functions is None:
+        made = (
+            tf.function(lambda step: run(model.draw_for_reading, (step,))),
+            # A replica's samples stay where they were drawn.
+            tf.function(lambda data, samples, i: run(_read_one(model), (data, samples, i))),
+            tf.function(lambda samples, qualities: run(_learn(model), (samples, qualities))),
+        )
+        model._reading_functions = made
+    return model._reading_functions
 
 
 def _read_one(model):
@@ -272,111 +353,40 @@ def _learn(model):
     return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
 
 
-def _as_dataset(quality_data, batch_size: int):
-    """Batches of quality data, from arrays too.
-
-    Raises:
-      TypeError: Neither a dataset nor arrays.
-    """
-    if isinstance(quality_data, (tf.data.Dataset, tf.distribute.DistributedDataset)):
-        return quality_data
-    if not isinstance(quality_data, (tuple, list)) or not all(
-        hasattr(a, "shape") for a in tf.nest.flatten(quality_data)
-    ):
-        raise TypeError(
-            f"quality_data must be a tf.data.Dataset of batches or (inputs, labels) arrays, got "
-            f"{type(quality_data).__name__}. For a generator: tf.data.Dataset.from_generator."
-        )
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return tf.data.Dataset.from_tensor_slices(tuple(quality_data)).batch(batch_size).with_options(options)
+def _all_finite(network) -> bool:
+    """Whether all variables are: in one pass, because a sum is not finite if one term is not."""
+    values = (tf.convert_to_tensor(v) for v in network.variables)
+    sums = [tf.reduce_sum(tf.cast(v, tf.float32)) for v in values if v.dtype.is_floating]
+    return bool(tf.math.is_finite(tf.add_n(sums)))
 
 
-def _check_batched(dataset, network) -> None:
-    """Raises for quality data whose inputs or labels have no batch axis."""
-    if not isinstance(dataset, tf.data.Dataset):
-        return
-    specs = tf.nest.flatten(dataset.element_spec)
-    if len(network.inputs) == 1:
-        shape, expected = specs[0].shape, tf.TensorShape(tuple(network.inputs[0].shape))
-        # Keras itself gives a lone feature an axis of its own.
-        lone = expected[-1] == 1 and shape.rank == expected.rank - 1 and shape[1:].is_compatible_with(expected[1:-1])
-        if shape.rank is not None and shape.rank < expected.rank and not lone:
-            raise ValueError(
-                f"quality_data has inputs of shape {shape}, but the network takes batches {tuple(expected)}: give "
-                f"batches, of a data set of single examples quality_data.batch(32)."
-            )
-    if any(spec.shape.rank == 0 for spec in specs):
-        raise ValueError(
-            f"quality_data must be batches, each part of them with an axis of examples; got {dataset.element_spec}. "
-            f"Of a data set of single examples give quality_data.batch(32)."
-        )
+def _shared(batch: batches.Batch, strategy: tf.distribute.Strategy):
+    """A batch as `read_quality` takes it: on one replica, or dealt out to all of them."""
+    data = tuple(batch) if batch.sample_weight is not None else (batch.x, batch.y)
+    count = strategy.num_replicas_in_sync
+    if count == 1:
+        return tf.nest.map_structure(tf.convert_to_tensor, data)
+    size = batches.example_count(batch) // count * count  # shares of one size
+    if not size:
+        raise ValueError(f"A batch of quality_data has {batches.example_count(batch)} examples for {count} replicas.")
+
+    def share(context):
+        first = context.replica_id_in_sync_group
+        return tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[first:size:count], data)
+
+    return strategy.experimental_distribute_values_from_function(share)
 
 
-def _endless(dataset, strategy: tf.distribute.Strategy):
-    """Batches of quality data, over and over, each shared by the replicas."""
-    if isinstance(dataset, tf.distribute.DistributedDataset):
-        while True:  # each worker has its own share: how it is repeated is the caller's
-            yield from dataset
-    dataset = _whole_batches(dataset).repeat()
-    if strategy.num_replicas_in_sync > 1:
-        dataset = strategy.experimental_distribute_dataset(dataset)
-    yield from dataset
-    raise ValueError("quality_data has no batch.")
+def _size_of_batches(x) -> int | None:
+    """Examples per batch of a data set, if it says so."""
+    specs = tf.nest.flatten(getattr(x, "element_spec", None), expand_composites=True)
+    shapes = [spec.shape for spec in specs if hasattr(spec, "shape")]
+    return shapes[0][0] if shapes and shapes[0].rank else None
 
 
-def _whole_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The batches that are as large as the first one. Another size would mean a second trace and other noise."""
-    sizes = {spec.shape[0] for spec in tf.nest.flatten(dataset.element_spec)}
-    if None not in sizes:
-        return dataset
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError("quality_data has no batch.")
-    size = tf.nest.flatten(first)[0].shape[0]
-    whole = dataset.filter(lambda *batch: tf.shape(tf.nest.flatten(batch)[0])[0] == size)
-    return whole.map(lambda *batch: tf.nest.map_structure(lambda t: tf.ensure_shape(t, [size, *t.shape[1:]]), batch))
-
-
-def inputs_of(data):
-    """A few batches of model inputs from training data: the first ones of a dataset; from (arrays, batch size) and from
-    a sequence of batches some from everywhere, because these may lie in an order, by class for example."""
-    batch_size = None
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], int):
-        data, batch_size = data
-    if isinstance(data, (tf.data.Dataset, tf.distribute.DistributedDataset)):
-        batches = (b[0] if isinstance(b, tuple) else b for b in data)
-    elif _is_arrays(data):
-        batches = _batches_of_rows(data, batch_size or 32)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        batches = (data[i][0] for i in _shuffled(len(data)).tolist())
-    else:
-        return []  # a generator that training has used up
-    return itertools.islice(batches, ESTIMATION_BATCHES)
-
-
-def _batches_of_rows(arrays, size: int):
-    arrays = tf.nest.map_structure(np.asarray, arrays)
-    rows = _shuffled(tf.nest.flatten(arrays)[0].shape[0])[: ESTIMATION_BATCHES * size]
-    count = math.ceil(len(rows) / size)
-    for first in range(count):  # of nearly one size, as their statistics count alike
-        yield tf.nest.map_structure(lambda a: a[rows[first::count]], arrays)  # noqa: B023
-
-
-def _shuffled(count: int) -> np.ndarray:
-    """0 .. count - 1 in an order that is the same in every run."""
-    return np.random.default_rng(0).permutation(count)
-
-
-def _training_part(x, validation_split: float | None):
-    """Inputs of `fit` without those at the end that Keras keeps for validation."""
-    if not validation_split or not _is_arrays(x):
-        return x
-    return tf.nest.map_structure(lambda a: a[: int(a.shape[0] * (1 - validation_split))], x)
-
-
-def _is_arrays(x) -> bool:
-    return all(hasattr(a, "shape") for a in tf.nest.flatten(x))
+def _check_labels(source: batches.Source, model) -> None:
+    if source.has_labels is False and getattr(model, "loss", None) is not None:
+        raise ValueError("quality_data has no labels: give batches (x, y), or a tuple (x, y) of arrays.")
 
 
 def _as_list(callbacks) -> list:

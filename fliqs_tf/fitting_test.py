@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import fitting
 from fliqs_tf._keras import keras
 from fliqs_tf.search_test import IMAGES, LABELS, compiled
 
@@ -214,25 +213,6 @@ def test_moving_averages_come_from_the_training_part_alone():
     assert moving_mean(qmodel) == pytest.approx(15.5)  # of 0 .. 31
     other = qmodel.deploy(fliqs_tf.Recipe.uniform(qmodel, "INT4"))
     assert float(np.array(other.get_layer("norm").moving_mean)[0]) == pytest.approx(15.5)
-
-
-def test_batches_for_moving_averages_are_of_nearly_one_size_and_hold_every_row_once():
-    batches = list(fitting.inputs_of(({"a": line(33)[0], "b": tf.constant(line(33)[0])}, 32)))
-    assert [len(b["a"]) for b in batches] == [17, 16]
-    np.testing.assert_array_equal(np.sort(np.concatenate([b["b"][:, 0] for b in batches])), np.arange(33))
-    np.testing.assert_array_equal(batches[1]["a"], batches[1]["b"])
-
-
-def test_sequences_of_batches_are_taken_from_everywhere():
-    class Batches:
-        def __len__(self):
-            return 320
-
-        def __getitem__(self, i):
-            return i, 0
-
-    chosen = list(fitting.inputs_of(Batches()))
-    assert len(set(chosen)) == 32 and max(chosen) > 160
 
 
 @pytest.mark.parametrize("make, warned", [(normed, True), (lambda: compiled(model=dense()), False)])

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from fliqs_tf._keras import keras
 
 
-def quality_function(quality) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+def quality_function(
+    quality, output_names: Sequence[str] = ("output",)
+) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
     """(loss, y_true, y_pred) -> scalar, larger is better. Under a distribution strategy: of a replica's share.
 
     Args:
       quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> number or one
-        number per example.
+        number per example. A metric is copied, so that it may be one of the model's metrics too.
+      output_names: Of the model. With several outputs a function gets labels and predictions as the loss does.
 
     Raises:
-      ValueError: None of these.
+      ValueError: None of these, or one that reads a single output of a model with several.
     """
     if quality == "loss":
         return lambda loss, y, y_pred: -tf.cast(loss, tf.float32)
+    is_metric = isinstance(quality, keras.metrics.Metric)
+    if len(output_names) > 1 and (is_metric or quality == "accuracy"):
+        raise ValueError(
+            f"quality={getattr(quality, 'name', quality)!r} reads one output, but the model has "
+            f"{len(output_names)}: {', '.join(output_names)}. Use quality='loss', or a function (y_true, y_pred) -> "
+            f"number, which gets all of them."
+        )
     if quality == "accuracy":
         return lambda loss, y, y_pred: accuracy(y, y_pred)
-    if isinstance(quality, keras.metrics.Metric):
-        return lambda loss, y, y_pred: _fresh_result(quality, y, y_pred)
+    if is_metric:
+        own = type(quality).from_config(quality.get_config())
+        return lambda loss, y, y_pred: _fresh_result(own, y, y_pred)
     if callable(quality):
         return lambda loss, y, y_pred: tf.reduce_mean(tf.cast(quality(y, y_pred), tf.float32))
     raise ValueError(

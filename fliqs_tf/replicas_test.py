@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(64, 6, 6, 1)).astype(np.float32)
 LABELS = (IMAGES[:, :3].sum(axis=(1, 2, 3)) > IMAGES[:, 3:].sum(axis=(1, 2, 3))).astype(np.int64)
 # Compiling the controller takes longer than running it for these few steps.
-PLAIN = {"jit_compile": False, "delay": 0.0, "settle": 0.0}
+PLAIN = {"jit_compile": False, "delay": 0.0, "settle": 0.0, "gentle": False}
 QUALITY = (IMAGES[48:], LABELS[48:])
 
 

@@ -60,9 +60,13 @@ class SearchModel(keras.Model):
             carriers.link(network)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
-        self._search = {}
-        # Between `configure_controller` and the decision.
-        self._searching = False
+        if names := getattr(network, "output_names", None):
+            # Losses and metrics are given by these names, and reported under them.
+            self.output_names = list(names)
+        self._compiled_for: arguments.CompileConfig | None = None
+        self._is_fitting = False
+        # Whether quality comes from held-out batches: the training step is traced for the one or the other.
+        self._held_out = False
         # What a step returns is the same on all replicas; tf_keras would add it up.
         self.distribute_reduction_method = "first"
         # What Keras keeps to itself of the batch at work. The replicas of a strategy are threads.
@@ -173,30 +177,25 @@ class SearchModel(keras.Model):
             target_cost = target_cost if isinstance(target_cost, str) else target
         if controller is not None:
             self._set_controller(self._new_controller(controller))
-        self._search = {
-            "cost": cost_object,
-            "table": table,
-            "target": target,
-            "reward": reward_object,
-            "quality": quality_function(quality),
-            "every": quality_every,
-            "samples": quality_samples,
-            "steps": search_steps,
-            "seed": seed,
-            "per_replica": bool(sample_per_replica),
-            "held_out": False,
-        }
-        self._search_config = {
-            "target_cost": target_cost,
-            "cost": cost,
-            "reward": reward,
-            "quality": quality,
+        numbers = {
             "quality_every": quality_every,
             "quality_samples": quality_samples,
             "search_steps": search_steps,
             "seed": seed,
             "sample_per_replica": bool(sample_per_replica),
         }
+        with self.distribute_strategy.scope():
+            quality_of = quality_function(quality, getattr(self.network, "output_names", None) or ["output"])
+        self._compiled_for = arguments.CompileConfig(
+            target=target,
+            cost=cost_object,
+            table=table,
+            reward=reward_object,
+            quality=quality_of,
+            **numbers,
+            given={"target_cost": target_cost, "cost": cost, "reward": reward, "quality": quality, **numbers},
+        )
+        self._reading_functions = None
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
     def _cost_of(self, cost) -> costs.Cost:
@@ -230,17 +229,17 @@ class SearchModel(keras.Model):
     @property
     def target_cost(self) -> float | None:
         """The target in the cost's unit, None before `compile` or without one."""
-        return self._search.get("target")
+        return self._compiled_for and self._compiled_for.target
 
     @property
     def cost(self) -> costs.Cost:
         """What is counted, as compiled."""
-        return self._search["cost"]
+        return self._compiled_for.cost
 
     @property
     def cost_table(self) -> costs.CostTable:
         """Cost of samples of this model, as compiled."""
-        return self._search["table"]
+        return self._compiled_for.table
 
     # ---- training
 
@@ -249,12 +248,13 @@ class SearchModel(keras.Model):
 
         Args:
           x, y, *args, **kwargs: As for any Keras model.
-          quality_data: Batches (x, y) that the weights never see, as a `tf.data.Dataset`, or a pair of arrays:
-            quality is read from them. None: quality is that of the training batch, which costs nothing but says
-            less, see the README.
-          calibration_data: Batches from which batch normalization is re-estimated at the end of the search. None: the
-            first ones of a training data set, or as many examples from everywhere in the training part of arrays. A
-            generator cannot be read again: then the averages stay as they are, and a warning says so.
+          quality_data: Examples that the weights never see: quality is read from them. A `tf.data.Dataset` of batches
+            (x, y), a tuple (x, y) of arrays, which are shuffled, or a list or generator of batches. None: quality is
+            that of the training batch, which costs nothing but says less, see the README.
+          calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any
+            form that `quality_data` has; labels are not needed. None: the first batches of a training data set, or as
+            many examples from everywhere in the training part of arrays. A generator that was trained on cannot be read
+            again: then the averages stay as they are, and a warning says so.
 
         Returns:
           Keras' History. Its logs hold, beside loss and metrics: reward, cost (expected, in the cost's unit),
@@ -265,7 +265,7 @@ class SearchModel(keras.Model):
           ValueError: No `target_cost`, or a number of steps that cannot be known.
           FloatingPointError: The loss became NaN or infinite; names the step.
         """
-        if not self._search:
+        if self._compiled_for is None:
             raise RuntimeError("Call compile(optimizer, loss, target_cost=...) before fit.")
         if self.target_cost is None:
             raise ValueError(
@@ -274,26 +274,50 @@ class SearchModel(keras.Model):
         return fitting.fit(self, super().fit, x, y, args, kwargs, quality_data, calibration_data)
 
     def configure_controller(self, total_steps: int, held_out: bool = False) -> None:
-        """Tells the controller what it optimizes. `fit` calls it; a loop of your own must, once.
+        """Tells the controller what it optimizes. `fit` calls it; a loop of your own must, once, and end with `finish`:
+
+            qmodel.configure_controller(total_steps=len(batches))
+            for x, y in batches:
+                qmodel.train_on_batch(x, y)
+            qmodel.finish(calibration_data=batches)
 
         Args:
-          total_steps: Training steps of the search.
+          total_steps: Training steps of the search. `train_on_batch` takes the decision when it is due.
           held_out: True if readings come from `read_quality` and `learn`; else each training batch is a reading.
         """
-        search = self._search
-        search["held_out"] = held_out
-        self._searching = True
+        if held_out != self._held_out:
+            self._held_out = held_out
+            self.train_function = None
         self.controller.configure(
-            expected_cost=search["table"].expected,
-            cost=search["table"].of_samples,
-            target=search["target"],
-            reward=search["reward"],
+            expected_cost=self.cost_table.expected,
+            cost=self.cost_table.of_samples,
+            target=self.target_cost,
+            reward=self._compiled_for.reward,
             total_steps=total_steps,
         )
 
+    def train_on_batch(self, *args, **kwargs):
+        """Keras' `train_on_batch`; takes the decision when it is due, see `configure_controller`."""
+        logs = super().train_on_batch(*args, **kwargs)
+        fitting.decide_if_due(self)
+        return logs
+
+    def finish(self, calibration_data=None) -> Recipe:
+        """Ends the search in a loop of your own, as `fit` does by itself: takes the decision if it is still open, sets
+        the formats, and estimates the moving averages of batch normalization for them.
+
+        Args:
+          calibration_data: Examples to estimate from, see `fit`. None leaves the averages as training left them.
+
+        Returns:
+          The recipe that was decided.
+        """
+        fitting.decide(self)
+        fitting.reestimate(self, calibration_data)
+        return self.recipe()
+
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data):
-        search = self._search
         sample = self._draw(1)[0]
         self._assign(sample)
         logs = super().train_step(data)
@@ -301,7 +325,7 @@ class SearchModel(keras.Model):
         step = tf.convert_to_tensor(self.controller.step)
         first_bad = (self.bad_step < 0) & ~tf.math.is_finite(loss)
         self.bad_step.assign(tf.where(first_bad, step, self.bad_step))
-        if not search["held_out"]:
+        if not self._held_out:
             self._learn(sample[None], quality[None])
         switched = tf.reduce_mean(tf.cast(sample != tf.convert_to_tensor(self.previous_sample), tf.float32))
         self.previous_sample.assign(sample)
@@ -310,7 +334,7 @@ class SearchModel(keras.Model):
         return {
             **logs,
             "reward": tf.convert_to_tensor(self.readout)[0],
-            "cost": search["table"].expected(self.controller.probabilities()),
+            "cost": self.cost_table.expected(self.controller.probabilities()),
             "entropy": self.controller.entropy(),
             "switch_rate": switched,
         }
@@ -327,22 +351,27 @@ class SearchModel(keras.Model):
         del self._batch.values
         # Keras divides the loss of a replica's share by the number of replicas.
         loss = tf.cast(loss, tf.float32) * replicas.count()
-        quality = self._search["quality"](loss, y, y_pred)
+        quality = self._compiled_for.quality(loss, y, y_pred)
         both = replicas.mean(tf.stack([quality, loss]))
-        return quality if self._search["per_replica"] else both[0], both[1]
+        return quality if self._compiled_for.sample_per_replica else both[0], both[1]
 
     def draw_for_reading(self, step=None) -> tf.Tensor:
-        """Samples to compare on one batch, int32 [quality_samples, decisions].
+        """Samples to compare on one batch, int32 [quality_samples, decisions]. The first one is that of the training
+        step, for the last step at least: an earlier one is drawn again, which XLA-compiled steps do otherwise.
 
         Args:
           step: The training step that the reading follows; None: the last one.
         """
-        return self._draw(self._search["samples"], self.controller.step - 1 if step is None else step)
+        last = tf.convert_to_tensor(self.controller.step) - 1
+        step = last if step is None else step
+        samples = self._draw(self._compiled_for.quality_samples, step)
+        trained_with = tf.where((step == last) & (last >= 0), tf.convert_to_tensor(self.previous_sample), samples[0])
+        return tf.concat([trained_with[None], samples[1:]], axis=0)
 
     def _draw(self, k, step=None):
         step = tf.convert_to_tensor(self.controller.step if step is None else step)
-        seed = tf.constant(self._search["seed"], tf.int32)
-        if self._search["per_replica"]:
+        seed = tf.constant(self._compiled_for.seed, tf.int32)
+        if self._compiled_for.sample_per_replica:
             # Far from the seeds that people take; the first replica draws what it would draw alone.
             seed = tf.bitwise.bitwise_xor(seed, replicas.index() * 0x3C6EF35F)
         return self.controller.sample(tf.stack([seed, step]), k)
@@ -377,7 +406,7 @@ class SearchModel(keras.Model):
         self._assign(self.controller.most_likely())
 
     def _learn(self, samples, quality):
-        result = self.controller.update(samples, quality, per_replica=self._search["per_replica"])
+        result = self.controller.update(samples, quality, per_replica=self._compiled_for.sample_per_replica)
         mean_quality = replicas.mean(tf.reduce_mean(quality))
         self.readout.assign(tf.stack([result["reward"], result["baseline"], mean_quality, self.controller.beta()]))
 
@@ -402,7 +431,7 @@ class SearchModel(keras.Model):
         the search they replace its decision, and a warning says so. To go on with such weights take `recipe()` before
         `load_weights`, and give it to `deploy`.
         """
-        if not self._searching:
+        if not self._is_fitting:
             self._warn_if_open()
         return self._most_likely_recipe()
 
@@ -411,8 +440,9 @@ class SearchModel(keras.Model):
         if step and not bool(tf.convert_to_tensor(self.controller.decided)):
             _LOG.warning(
                 "The formats of %r are not decided: its controller is at step %d of a search that decides them at "
-                "step %d. The most likely ones so far need not cost what was asked for. If these are weights saved "
-                "before the decision: take recipe() before load_weights, and give it to deploy(recipe).",
+                "step %d. The most likely ones so far need not cost what was asked for. finish() decides now, fit goes "
+                "on. If these are weights saved before the decision: take recipe() before load_weights, and give it to "
+                "deploy(recipe).",
                 self.name,
                 step,
                 self.controller.decided_at(),
@@ -432,8 +462,8 @@ class SearchModel(keras.Model):
 
         Args:
           recipe: None: that of `recipe()`, with a warning if it is not decided yet.
-          calibration_data: Batches to re-estimate the moving averages from (a dataset of x or (x, y)). None: the
-            training data of the last `fit`, if the recipe is not the search's own.
+          calibration_data: Examples to re-estimate the moving averages from, see `fit`. None: the training data of
+            the last `fit`, if the recipe is not the search's own.
 
         Returns:
           A model of the same inputs and outputs, not compiled.
@@ -458,10 +488,8 @@ class SearchModel(keras.Model):
         model = wrapping.fixed(self.network, formats)
         other = dict(recipe.formats) != dict(own.formats)
         if calibration_data is None and other:
-            calibration_data = self.__dict__.get("_training_inputs")
-        used = 0
-        if calibration_data is not None:
-            used = normalization.reestimate(model, fitting.inputs_of(calibration_data))
+            calibration_data = self.__dict__.get("_training_source")
+        used = fitting.estimate(model, calibration_data)
         if other and not used and normalization.batch_norms(model):
             _LOG.warning("The moving averages of batch normalization belong to other formats: give calibration_data.")
         if carriers.has_carriers(model) and not carriers.unseen(model):
@@ -491,7 +519,7 @@ class SearchModel(keras.Model):
         config = super().get_compile_config()
         if not config:
             return config
-        return {**config, **arguments.to_config(self._search_config)}
+        return {**config, **arguments.to_config(self._compiled_for.given)}
 
     def compile_from_config(self, config):
         if not arguments.holds_all(config, self.name):

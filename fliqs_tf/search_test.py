@@ -245,9 +245,9 @@ def test_numbers_of_numpy_and_a_reward_object_are_saved(tmp_path):
     )
     again = reloaded(qmodel, tmp_path)
     assert again.target_cost == qmodel.target_cost == float(np.float32(2.5e-5))
-    assert again._search["seed"] == 5 and again._search["every"] == 7
-    assert again._search["reward"] == fliqs_tf.rewards.OneSided(-0.5)
-    assert reloaded(again, tmp_path)._search["reward"] == fliqs_tf.rewards.OneSided(-0.5)
+    assert again._compiled_for.seed == 5 and again._compiled_for.quality_every == 7
+    assert again._compiled_for.reward == fliqs_tf.rewards.OneSided(-0.5)
+    assert reloaded(again, tmp_path)._compiled_for.reward == fliqs_tf.rewards.OneSided(-0.5)
 
 
 def test_the_memory_cost_of_a_profile_is_saved(tmp_path):
@@ -265,7 +265,7 @@ def test_a_cost_object_and_a_metric_are_saved(tmp_path):
     quality = keras.metrics.SparseTopKCategoricalAccuracy(k=2)
     again = reloaded(compiled(cost=fliqs_tf.costs.memory, quality=quality), tmp_path)
     assert again.cost is fliqs_tf.costs.memory
-    assert again._search_config["quality"].get_config()["k"] == 2
+    assert again._compiled_for.given["quality"].get_config()["k"] == 2
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_code_is_not_saved_and_nothing_takes_its_place(option, tmp_path, caplog)
         again = reloaded(qmodel, tmp_path)
     assert f"such as this {name} of compile" in caplog.text
     assert f"Model 'convnet' is not compiled: it was with a {name} of Python code" in caplog.text
-    assert not again._search and again.target_cost is None
+    assert again._compiled_for is None and again.target_cost is None
     np.testing.assert_array_equal(again.predict(IMAGES, verbose=0), qmodel.predict(IMAGES, verbose=0))
     with pytest.raises(RuntimeError, match="Call compile"):
         again.fit(IMAGES, LABELS, verbose=0)
@@ -364,9 +364,16 @@ def test_a_callback_that_ends_the_search_early_ends_it_with_a_decision_at_the_ta
     assert "after 4 steps without one reading" in caplog.text
 
 
-@pytest.mark.parametrize("data", [iter([]), "digits", IMAGES])
-def test_quality_data_of_a_kind_that_does_not_work(data):
-    with pytest.raises(TypeError, match="quality_data must be a tf.data.Dataset of batches"):
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (iter([]), ValueError, "quality_data has no batch"),
+        ("digits", TypeError, "quality_data must be a tf.data.Dataset of batches, arrays .* got str"),
+        (IMAGES, ValueError, r"quality_data has no labels: give batches \(x, y\)"),
+    ],
+)
+def test_quality_data_of_a_kind_that_does_not_work(data, error, message):
+    with pytest.raises(error, match=message):
         compiled().fit(IMAGES, LABELS, verbose=0, quality_data=data)
 
 
@@ -382,8 +389,8 @@ def test_training_on_batches_needs_to_know_how_many():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ((IMAGES, LABELS), r"inputs of shape \(8, 8, 1\), but the network takes batches \(None, 8, 8, 1\): give"),
-        ((IMAGES[None, :32], LABELS[:1]), r"quality_data must be batches, each part .* give quality_data.batch\(32\)"),
+        ((IMAGES, LABELS), r"inputs of shape \(8, 8, 1\), but the network takes batches \(None, 8, 8, 1\). There must"),
+        ((IMAGES[None, :32], LABELS[:1]), r"quality_data has labels without an axis of examples"),
     ],
 )
 def test_quality_data_without_batches(data, message):
