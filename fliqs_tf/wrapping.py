@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from fliqs_tf import carriers, composite, trace
+from fliqs_tf import carriers, comparison, composite, copies, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.products import Product
@@ -114,6 +114,7 @@ def quantized_network(
       model, space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
     """
+    spaces = (space := Space(space), space if input_space is None else Space(input_space))
     layers = layers_to_quantize(model, embeddings, attention_scores)
     _warn_of_own_training(model)
     if attention_scores and tensors == "weights":
@@ -121,7 +122,6 @@ def quantized_network(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
             "take tensors='together' or 'separate'."
         )
-    spaces = (Space(space), Space(space if input_space is None else input_space))
     plans = plan([path for path, _ in layers], trace.annotations(model), spaces, rules, granularity, tensors)
     _log_left_in_float(model, plans)
     return _copy(model, {key: plans[path].arguments() for path, key in layers if path in plans}, input_shape)
@@ -297,6 +297,7 @@ def as_rules(rules) -> list[Rule]:
     """Rules as `fliqs_tf.wrap` takes them, as `Rule` objects."""
     if isinstance(rules, (str, Rule)):
         raise ValueError(f"rules must be a list of rules, got {rules!r}.")
+    rules = list(rules)
     for rule in rules:
         if not isinstance(rule, Rule) and not (isinstance(rule, (tuple, list)) and 1 <= len(rule) <= 3):
             raise ValueError(
@@ -403,20 +404,25 @@ def _copy(model: keras.Model, arguments: dict, input_shape=None) -> keras.Model:
     if trace.is_network(model):
         copy = composite.network_copy(model, arguments, {})
     else:
-        layer = composite.placed(composite.copy_in_float(model), model, arguments)
+        layer = composite.placed(copies.of_layer(model), model, arguments)
         # A graph knows what it leaves open; the shape of an example is for counting.
         copy = _network_of(layer, trace.input_specs(model, None if trace.is_graph(model) else input_shape))
-    originals, copies = _layers_of(model), _layers_of(copy)
-    copies = {path: layer for path, layer in copies.items() if path in originals or not trace.is_product(layer)}
-    if originals.keys() != copies.keys():
-        differ = sorted(originals.keys() ^ copies.keys())
+    originals, made = _layers_of(model), _layers_of(copy)
+    made = {path: layer for path, layer in made.items() if path in originals or not trace.is_product(layer)}
+    if originals.keys() != made.keys():
+        differ = sorted(originals.keys() ^ made.keys())
         raise ValueError(
             f"A copy of model {model.name!r} from its config is not made of the same layers; they differ in "
             f"{', '.join(differ)}. Let get_config return the arguments of __init__, and do not share a layer between "
             f"composite layers."
         )
     for path, layer in originals.items():
-        _copy_state(layer, copies[path])
+        _copy_state(layer, made[path])
+        copies.keep_trainable(layer, made[path])
+    copies.keep_trainable(model, copy)
+    for wrapper in copy._flatten_layers():
+        wrapper._trainable = trace.inside(wrapper).trainable
+    comparison.check(model, copy, input_shape)
     return copy
 
 
@@ -440,13 +446,14 @@ def _network_of(layer, specs) -> keras.Model:
 
 def _layers_of(model) -> dict:
     """{path: layer}, a model that is not a network under ""; without input layers, whose names are not copied."""
-    found = {path: layer for path, layer in trace.walk(model) if not isinstance(layer, keras.layers.InputLayer)}
+    found = trace.walk(model, networks=True)
+    found = {path: layer for path, layer in found if not isinstance(layer, keras.layers.InputLayer)}
     root = model if not trace.is_network(model) else trace.composite_root(model)
     return found if root is None else {"": root, **found}
 
 
 def _copy_state(layer, copy) -> None:
-    """Weights, ranges and what is frozen, without those of the layers that a composite layer holds."""
+    """Functions, weights and ranges, without those of the layers that a composite layer holds."""
     if isinstance(layer, (Quantized, Product)):
         for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):
             new.range.assign(old.range)
@@ -454,11 +461,9 @@ def _copy_state(layer, copy) -> None:
     if isinstance(layer, Product):
         copy.weight_quantizers[0].range.assign(layer.weight_quantizers[0].range)
         copy.weight_quantizers[0].clip = layer.weight_quantizers[0].clip
-        copy.trainable = layer.trainable
         return
+    copies.keep_functions(trace.inside(layer), trace.inside(copy))
     source, target = (trace.inside(each) for each in (layer, copy))
-    if target.trainable != source.trainable:
-        target.trainable = source.trainable
     old_weights, new_weights = trace.own_weights(source), trace.own_weights(target)
     if [w.shape for w in old_weights] != [w.shape for w in new_weights]:
         raise ValueError(

@@ -1,0 +1,179 @@
+"""A new layer from a layer's config, with what a config does not hold: functions, what `adapt` learned, what trains."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import trace
+from fliqs_tf._keras import IS_KERAS_3, attributes, keras
+
+_LAYERS = keras.layers
+_SERIALIZED = (str, dict, list, tuple)
+
+
+def of_layer(layer):
+    """A new layer of the class and config of a layer, or of what is inside if it is quantized.
+
+    Functions that the layer was given are the same objects in the copy: a config holds their names alone, and Keras
+    has functions of its own under some of them.
+
+    Raises:
+      ValueError: The config does not make such a layer.
+    """
+    wrapper, layer = layer, trace.inside(layer)
+    try:
+        if isinstance(layer, _LAYERS.Lambda):
+            return _of_lambda(layer)
+        # The config of a composite layer is that of its parts in float.
+        config = getattr(wrapper, "layer_config", None) or layer.get_config()
+        with scope(layer):
+            try:
+                copy = type(layer).from_config(_with_functions(config, layer))
+            except Exception:  # a from_config that takes names alone; see `keep_functions`
+                copy = type(layer).from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"Layer {layer.name!r} of class {type(layer).__name__} cannot be copied: its get_config or from_config "
+            f"failed ({type(error).__name__}: {error}). Let get_config return the arguments of __init__."
+        ) from error
+    for old, new in _pairs(layer, copy):
+        _keep_learned(old, new)
+    return copy
+
+
+def scope(model) -> contextlib.AbstractContextManager:
+    """Within it Keras finds the classes and functions of its user that are in a model, registered or not."""
+    layers = list(trace.inside(model)._flatten_layers())
+    found = [type(layer) for layer in layers] + [f for layer in layers for f in _functions(layer).values()]
+    return keras.utils.custom_object_scope({o.__name__: o for o in found if not _is_of_keras(o)})
+
+
+def keep_functions(layer, copy) -> None:
+    """Gives a copy the functions that a layer computes with, where its config made others of them."""
+    for old, new in _own_pairs(layer, copy):
+        others = _functions(new)
+        for name, function in _functions(old).items():
+            if name in others and not _is_same(function, others[name]):
+                setattr(new, name, function)
+
+
+def keep_trainable(layer, copy) -> None:
+    """Freezes in a copy what is frozen in a layer, and no more: what is unfrozen later is the same in both, too.
+
+    The parts of a layer and of a network have to be given one by one.
+    """
+    source, target = trace.inside(layer), trace.inside(copy)
+    for old, new in _own_pairs(source, target):
+        _set_trainable(new, old.trainable)
+    for part in (copy, *_quantizers(copy)):
+        _set_trainable(part, target.trainable)
+    if IS_KERAS_3:  # there each variable is frozen or not
+        for old, new in zip(trace.own_weights(source), trace.own_weights(target)):
+            new.trainable = old.trainable
+
+
+def functions_named_like_keras(layer) -> dict[str, str]:
+    """{attribute: name} of the functions of a layer that a file would hold under a name that Keras has too."""
+    return {
+        name: function.__name__
+        for name, function in _functions(layer).items()
+        if not _is_of_keras(function) and hasattr(keras.activations, function.__name__)
+    }
+
+
+def config_for_files(config: dict, layer) -> dict:
+    """A layer's config, in which a function of its user is never taken for the one of Keras that has its name: the
+    config asks for a custom object."""
+    named = {
+        attribute: {"module": None, "class_name": "function", "config": name, "registered_name": name}
+        for attribute, name in functions_named_like_keras(layer).items()
+        if isinstance(config.get(attribute), str)
+    }
+    return {**config, **named}
+
+
+def _of_lambda(layer):
+    made = type(layer)(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        dtype=layer.get_config()["dtype"],
+    )
+    made.supports_masking = layer.supports_masking
+    return made
+
+
+def _with_functions(config: dict, layer) -> dict:
+    """A config with the functions of a layer, and of layers in its config, in place of what names them."""
+    found = dict(config)
+    for key, value in config.items():
+        held = getattr(layer, key, None)
+        if isinstance(held, _LAYERS.Layer) and isinstance(value, dict) and isinstance(value.get("config"), dict):
+            found[key] = {**value, "config": _with_functions(value["config"], held)}
+        elif isinstance(value, _SERIALIZED) and _is_function(held) and not _is_method(layer, key):
+            found[key] = held
+    return found
+
+
+def _is_method(layer, name: str) -> bool:
+    static = inspect.getattr_static(type(layer), name, None)
+    return static is not None and not isinstance(static, property)
+
+
+def _is_function(value) -> bool:
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+
+
+def _functions(layer) -> dict:
+    """{attribute: function} of those that a layer holds, but not of its parts."""
+    return {name: value for name, value in attributes(layer).items() if _is_function(value)}
+
+
+def _is_of_keras(thing) -> bool:
+    module = getattr(inspect.unwrap(thing), "__module__", None) or ""
+    return module.split(".")[0] in ("keras", "tf_keras", "keras_hub", "tensorflow", "fliqs_tf")
+
+
+def _is_same(function, other) -> bool:
+    """True for one function, and for one that is made anew, from the same code, for each layer."""
+    codes = [getattr(inspect.unwrap(f), "__code__", f) for f in (function, other)]
+    return function is other or codes[0] is codes[1]
+
+
+def _pairs(layer, copy) -> list[tuple]:
+    """(layer, copy) of a layer and of all that is in it, if both are made of the same classes."""
+    old, new = list(layer._flatten_layers()), list(copy._flatten_layers())
+    same = [type(each) for each in old] == [type(each) for each in new]
+    return list(zip(old, new)) if same else [(layer, copy)]
+
+
+def _own_pairs(layer, copy) -> list[tuple]:
+    """(layer, copy) of a layer and of what is in it, without those that `trace.walk` gives, too."""
+    return [(layer, copy)] if trace.children(layer) else _pairs(layer, copy)
+
+
+def _quantizers(layer) -> list:
+    return [q for name in ("weight_quantizers", "activation_quantizers") for q in getattr(layer, name, ())]
+
+
+def _set_trainable(layer, value: bool) -> None:
+    layer._trainable = value  # the setter would set that of the layers inside, too
+
+
+def _keep_learned(layer, copy) -> None:
+    """What `adapt` learned, before the copy is called: what a layer gives out may depend on it in size."""
+    if isinstance(layer, _LAYERS.Discretization):
+        if not np.array_equal(layer.bin_boundaries, copy.bin_boundaries):
+            copy.bin_boundaries = list(layer.bin_boundaries)
+    elif hasattr(layer, "get_vocabulary") and hasattr(copy, "set_vocabulary"):
+        words = layer.get_vocabulary()
+        if words != copy.get_vocabulary():
+            weights = getattr(getattr(layer, "_lookup_layer", layer), "idf_weights", None)
+            copy.set_vocabulary(words, *(() if weights is None else (np.array(tf.convert_to_tensor(weights)),)))
