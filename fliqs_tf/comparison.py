@@ -13,7 +13,8 @@ from fliqs_tf._keras import keras
 from fliqs_tf.quantizers import Quantizer
 
 _LOG = logging.getLogger("fliqs_tf")
-_SIZES = (32, 8)  # in place of a size that is open
+_LARGEST = 32  # of the sides of an image; a network that takes no smaller ones is called on its own size
+_OPEN = (32, 8)  # in place of a size that is open
 # Of the largest value. The copy computes some layers in another order; 16 bits make more of that.
 _TOLERANCE, _TOLERANCE_16 = 1e-3, 5e-2
 
@@ -59,30 +60,45 @@ def check(original: keras.Model, copy: keras.Model, input_shape=None) -> None:
 def _called(model, input_shape):
     """(example, outputs) of the first made-up example that a model takes; (None, None) if there is none."""
     problem = None
-    for size in _SIZES:
-        for make in (_normal, _zeros_and_ones):
-            try:
-                example = _example(model, input_shape, size, make)
-                return example, _outputs(model, example)
-            except Exception as error:
-                problem = problem or error
+    try:
+        specs = trace.input_specs(model, input_shape)
+        for shapes in _shapes(model, specs):
+            for make in (_normal, _zeros_and_ones):
+                try:
+                    example = _example(specs, shapes, make)
+                    return example, _outputs(model, example)
+                except Exception as error:
+                    problem = problem or error
+    except ValueError as error:  # it does not say what its input is
+        problem = error
     _LOG.debug("Model %r cannot be called on a made-up example: its copy was not compared. %s", model.name, problem)
     return None, None
 
 
-def _example(model, input_shape, size: int, make):
-    rng = np.random.default_rng(0)
+def _shapes(model, specs) -> list[list[tuple[int, ...]]]:
+    """Shapes of the inputs to try, one after the other."""
+    flat = [spec.shape.as_list() for spec in tf.nest.flatten(specs)]
     batch = next((t.shape[0] for t in getattr(model, "inputs", None) or () if t.shape[0]), 1)
+    filled = [[[batch, *(size if d is None else d for d in shape)] for shape in flat] for size in _OPEN]
+    if trace.is_network(model):
+        filled.insert(0, [_smaller(shape) for shape in filled[0]])
+    return [shapes for i, shapes in enumerate(filled) if shapes not in filled[:i]]
+
+
+def _smaller(shape: list[int]) -> list[int]:
+    return [shape[0], *(min(d, _LARGEST) for d in shape[1:3]), shape[3]] if len(shape) == 4 else shape
+
+
+def _example(specs, shapes, make):
+    rng, shapes = np.random.default_rng(0), iter(shapes)
 
     def tensor(spec):
-        shape = (batch, *(size if dimension is None else dimension for dimension in spec.shape))
+        shape = next(shapes)
         if spec.dtype == tf.string:
             return tf.fill(shape, "a")
-        if spec.dtype.is_floating:
-            return tf.cast(make(rng, shape), spec.dtype)
-        return tf.cast(_zeros_and_ones(rng, shape), spec.dtype)
+        return tf.cast((make if spec.dtype.is_floating else _zeros_and_ones)(rng, shape), spec.dtype)
 
-    return tf.nest.map_structure(tensor, trace.input_specs(model, input_shape))
+    return tf.nest.map_structure(tensor, specs)
 
 
 def _normal(rng, shape):
@@ -94,7 +110,9 @@ def _zeros_and_ones(rng, shape):
 
 
 def _outputs(model, example) -> list[np.ndarray]:
-    return _arrays(model(example, training=False))
+    # A network as a layer insists on its own size.
+    call = model.call if trace.is_network(model) else model
+    return _arrays(call(example, training=False))
 
 
 def _arrays(outputs) -> list[np.ndarray]:
@@ -133,7 +151,7 @@ def _first_difference(original, copy, example, tolerance: float) -> str:
         calls: dict[str, list] = {}
         overrides = {layer: _recorder(layer.call, calls.setdefault(path, [])) for path, layer in trace.walk(model)}
         with trace.overridden_calls(overrides):
-            model(example, training=False)
+            _outputs(model, example)
         recorded.append(calls)
     expected, found = recorded
     for path, outputs in expected.items():
@@ -167,7 +185,9 @@ def _identity(x, training=None):
 @contextlib.contextmanager
 def _unchanged(model):
     """Puts back what calls change: states of recurrent layers and of generators, losses."""
-    variables = [v for v in model.non_trainable_variables if hasattr(v, "assign")]
+    fixed = (Quantizer, keras.layers.BatchNormalization)  # not in training, and many
+    known = {id(v) for layer in model._flatten_layers() if isinstance(layer, fixed) for v in layer.variables}
+    variables = [v for v in model.non_trainable_variables if hasattr(v, "assign") and id(v) not in known]
     before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
     try:
         yield

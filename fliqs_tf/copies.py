@@ -62,6 +62,26 @@ def keep_functions(layer, copy) -> None:
                 setattr(new, name, function)
 
 
+def keep_weights(layer, copy) -> None:
+    """Assigns a copy the weights of a layer, but not those of its parts.
+
+    Raises:
+      ValueError: The copy has other weights.
+    """
+    if isinstance(layer, _LAYERS.Discretization):
+        return  # what it computes with are its boundaries; its weight in tf_keras is for going on with `adapt`
+    old_weights, new_weights = trace.own_weights(layer), trace.own_weights(copy)
+    if [w.shape for w in old_weights] != [w.shape for w in new_weights]:
+        raise ValueError(
+            f"A copy of layer {layer.name!r} of class {type(layer).__name__} from its config has other weights. Let "
+            f"get_config return the arguments of __init__."
+        )
+    for old, new in zip(old_weights, new_weights):
+        new.assign(old)
+    if isinstance(layer, _LAYERS.Normalization):
+        copy.finalize_state()  # it computes with what it derives from its weights
+
+
 def keep_trainable(layer, copy) -> None:
     """Freezes in a copy what is frozen in a layer, and no more: what is unfrozen later is the same in both, too.
 
@@ -171,7 +191,8 @@ def _keep_learned(layer, copy) -> None:
     """What `adapt` learned, before the copy is called: what a layer gives out may depend on it in size."""
     if isinstance(layer, _LAYERS.Discretization):
         if not np.array_equal(layer.bin_boundaries, copy.bin_boundaries):
-            copy.bin_boundaries = list(layer.bin_boundaries)
+            copy.bin_boundaries = copy.input_bin_boundaries = list(layer.bin_boundaries)
+            copy.num_bins = None  # or tf_keras would look for boundaries in the weights of a file
     elif hasattr(layer, "get_vocabulary") and hasattr(copy, "set_vocabulary"):
         words = layer.get_vocabulary()
         if words != copy.get_vocabulary():

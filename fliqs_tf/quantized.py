@@ -91,6 +91,12 @@ class Quantized(keras.layers.Wrapper):
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
     def call(self, inputs, training=None):
+        if isinstance(inputs, (tf.SparseTensor, tf.RaggedTensor)):
+            kind = "sparse" if isinstance(inputs, tf.SparseTensor) else "ragged"
+            raise ValueError(
+                f"Layer {self.name!r} has a {kind} input, which cannot be quantized: make it dense before the layer, "
+                f"or leave the layer in float with the rule ({self.name!r}, None)."
+            )
         return self._call(inputs, training)
 
     # Nothing here branches on tensors; converting it would double the time that tf_keras takes to trace a network.
@@ -101,11 +107,13 @@ class Quantized(keras.layers.Wrapper):
         if trace.table(self.layer):
             return _looked_up(self.layer, self.weight_quantizers[0], inputs)
         weights = [
-            quantizer.call(float_value(getattr(self.layer, kernel.attribute)))
+            quantizer.call(tf.cast(float_value(getattr(self.layer, kernel.attribute)), tf.float32))
             for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers)
         ]
         activations = [
-            functools.partial(quantized_activation, quantizer, training=bool(training))
+            functools.partial(
+                quantized_activation, quantizer, training=bool(training), integers=self.layer.compute_dtype
+            )
             for quantizer in self.activation_quantizers
         ]
         return self.compute(inputs, weights, activations)
@@ -143,15 +151,23 @@ class Quantized(keras.layers.Wrapper):
         }
 
 
-def quantized_activation(quantizer: ActivationQuantizer, x, training: bool) -> tf.Tensor:
-    """An activation of any float dtype, quantized in float32."""
-    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
+def quantized_activation(quantizer: ActivationQuantizer, x, training: bool, integers="float32") -> tf.Tensor:
+    """An activation quantized in float32.
+
+    Args:
+      quantizer: What quantizes it.
+      x: Of any dtype, which the result has too if it is a float one.
+      training: Whether the range of the quantizer moves.
+      integers: dtype of the result if x holds integers, between which the values of most formats lie.
+    """
+    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype if x.dtype.is_floating else integers)
 
 
 def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:
     """Quantized rows of an embedding's table."""
     indices = tf.cast(indices, tf.int32)
-    rows = quantizer.call(tf.gather(float_value(layer.embeddings), tf.reshape(indices, [-1])))
+    rows = tf.gather(float_value(layer.embeddings), tf.reshape(indices, [-1]))
+    rows = quantizer.call(tf.cast(rows, tf.float32))
     rows = tf.reshape(rows, tf.concat([tf.shape(indices), [layer.output_dim]], axis=0))
     rows.set_shape((*indices.shape, layer.output_dim))
     return tf.cast(rows, layer.compute_dtype)

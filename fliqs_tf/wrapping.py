@@ -277,6 +277,12 @@ def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()
             f"Model {model.name!r} is quantized already; give the float model, or search what quantize_apply made with "
             f"fliqs_tf.SearchModel(model)."
         )
+    of_keras = [p for p, layer in trace.walk(model) if getattr(layer, "quantization_mode", None)]
+    if of_keras:
+        raise ValueError(
+            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it was "
+            f"before."
+        )
     tables = [(path, layer) for path, layer in trace.embeddings(model) if embeddings or path in named]
     among = {id(layer) for _, layer in (*trace.quantizable(model), *tables)}
     products = [(path, key) for path, key in trace.attention_products(model) if attention_scores or path in named]
@@ -463,14 +469,4 @@ def _copy_state(layer, copy) -> None:
         copy.weight_quantizers[0].clip = layer.weight_quantizers[0].clip
         return
     copies.keep_functions(trace.inside(layer), trace.inside(copy))
-    source, target = (trace.inside(each) for each in (layer, copy))
-    old_weights, new_weights = trace.own_weights(source), trace.own_weights(target)
-    if [w.shape for w in old_weights] != [w.shape for w in new_weights]:
-        raise ValueError(
-            f"A copy of layer {source.name!r} of class {type(source).__name__} from its config has other weights. Let "
-            f"get_config return the arguments of __init__."
-        )
-    for old, new in zip(old_weights, new_weights):
-        new.assign(old)
-    if hasattr(target, "finalize_state"):  # a Normalization computes with what it derives from its weights
-        target.finalize_state()
+    copies.keep_weights(trace.inside(layer), trace.inside(copy))
