@@ -162,4 +162,3 @@ def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.M
         return copies[id(layer)]
 
     return keras.models.clone_model(network, clone_function=copy_of)
-

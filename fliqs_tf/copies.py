@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
 
@@ -13,6 +14,7 @@ from fliqs_tf import trace
 from fliqs_tf._keras import IS_KERAS_3, attributes, keras
 
 _LAYERS = keras.layers
+_COMPILED = type(tf.function(lambda: None))
 _SERIALIZED = (str, dict, list, tuple)
 
 
@@ -48,17 +50,18 @@ def of_layer(layer):
 
 def scope(model) -> contextlib.AbstractContextManager:
     """Within it Keras finds the classes and functions of its user that are in a model, registered or not."""
-    layers = list(trace.inside(model)._flatten_layers())
-    found = [type(layer) for layer in layers] + [f for layer in layers for f in _functions(layer).values()]
-    return keras.utils.custom_object_scope({o.__name__: o for o in found if not _is_of_keras(o)})
+    layers = _all_in(trace.inside(model))
+    found = {type(layer).__name__: type(layer) for layer in layers}
+    found |= {_name(function): function for layer in layers for function in _functions(layer).values()}
+    return keras.utils.custom_object_scope({name: thing for name, thing in found.items() if not _is_of_keras(thing)})
 
 
 def keep_functions(layer, copy) -> None:
-    """Gives a copy the functions that a layer computes with, where its config made others of them."""
+    """Gives a copy the functions of its user that a layer computes with, where its config made others of them."""
     for old, new in _own_pairs(layer, copy):
         others = _functions(new)
         for name, function in _functions(old).items():
-            if name in others and not _is_same(function, others[name]):
+            if name in others and not _is_of_keras(function) and not _is_same(function, others[name]):
                 setattr(new, name, function)
 
 
@@ -97,22 +100,25 @@ def keep_trainable(layer, copy) -> None:
             new.trainable = old.trainable
 
 
-def functions_named_like_keras(layer) -> dict[str, str]:
-    """{attribute: name} of the functions of a layer that a file would hold under a name that Keras has too."""
-    return {
-        name: function.__name__
-        for name, function in _functions(layer).items()
-        if not _is_of_keras(function) and hasattr(keras.activations, function.__name__)
-    }
+def function_name(function) -> str:
+    """Name of an activation function: that of Keras' own only if it is Keras' own (or TensorFlow's)."""
+    if function is None:
+        return "linear"
+    return f"{_name(function)}_of_its_user" if _is_mistakable(function) else _name(function)
+
+
+def mistakable_functions(layer) -> dict[str, str]:
+    """{attribute: name} of the functions of a layer in whose place a file would have Keras' own of that name."""
+    return {name: _name(function) for name, function in _functions(layer).items() if _is_mistakable(function)}
 
 
 def config_for_files(config: dict, layer) -> dict:
-    """A layer's config, in which a function of its user is never taken for the one of Keras that has its name: the
-    config asks for a custom object."""
+    """A layer's config in which a function of its user is not taken for Keras' own of that name: it has to be among the
+    `custom_objects` when the file is loaded."""
     named = {
         attribute: {"module": None, "class_name": "function", "config": name, "registered_name": name}
-        for attribute, name in functions_named_like_keras(layer).items()
-        if isinstance(config.get(attribute), str)
+        for attribute, name in mistakable_functions(layer).items()
+        if isinstance(config.get(attribute), (str, dict))
     }
     return {**config, **named}
 
@@ -148,7 +154,7 @@ def _is_method(layer, name: str) -> bool:
 
 
 def _is_function(value) -> bool:
-    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, functools.partial, _COMPILED))
 
 
 def _functions(layer) -> dict:
@@ -156,9 +162,17 @@ def _functions(layer) -> dict:
     return {name: value for name, value in attributes(layer).items() if _is_function(value)}
 
 
+def _name(function) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _is_of_keras(thing) -> bool:
     module = getattr(inspect.unwrap(thing), "__module__", None) or ""
     return module.split(".")[0] in ("keras", "tf_keras", "keras_hub", "tensorflow", "fliqs_tf")
+
+
+def _is_mistakable(function) -> bool:
+    return not _is_of_keras(function) and hasattr(keras.activations, _name(function))
 
 
 def _is_same(function, other) -> bool:
@@ -167,9 +181,14 @@ def _is_same(function, other) -> bool:
     return function is other or codes[0] is codes[1]
 
 
+def _all_in(layer) -> list:
+    """A layer and all that it holds; an operation in a graph of Keras 3 holds nothing."""
+    return list(layer._flatten_layers()) if isinstance(layer, _LAYERS.Layer) else [layer]
+
+
 def _pairs(layer, copy) -> list[tuple]:
     """(layer, copy) of a layer and of all that is in it, if both are made of the same classes."""
-    old, new = list(layer._flatten_layers()), list(copy._flatten_layers())
+    old, new = _all_in(layer), _all_in(copy)
     same = [type(each) for each in old] == [type(each) for each in new]
     return list(zip(old, new)) if same else [(layer, copy)]
 

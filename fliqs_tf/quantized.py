@@ -6,7 +6,7 @@ import functools
 
 import tensorflow as tf
 
-from fliqs_tf import trace
+from fliqs_tf import copies, trace
 from fliqs_tf._keras import float_value, keras, only_shapes, substituted
 from fliqs_tf.quantizers import ActivationQuantizer, WeightQuantizer
 from fliqs_tf.space import Space
@@ -141,8 +141,11 @@ class Quantized(keras.layers.Wrapper):
     def get_config(self) -> dict:
         weights = list(self.weight_quantizers[0].space.names)
         activations = self.activation_quantizer and list(self.activation_quantizer.space.names)
+        config = super().get_config()
+        inside = config["layer"]
         return {
-            **super().get_config(),
+            **config,
+            "layer": {**inside, "config": copies.config_for_files(inside["config"], self.layer)},
             "weight_formats": weights,
             "activation_formats": activations,
             "weight_decision": self.weight_decision,
@@ -160,7 +163,9 @@ def quantized_activation(quantizer: ActivationQuantizer, x, training: bool, inte
       training: Whether the range of the quantizer moves.
       integers: dtype of the result if x holds integers, between which the values of most formats lie.
     """
-    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype if x.dtype.is_floating else integers)
+    return tf.cast(
+        quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype if x.dtype.is_floating else integers
+    )
 
 
 def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:

@@ -117,6 +117,7 @@ def quantized_network(
     spaces = (space := Space(space), space if input_space is None else Space(input_space))
     layers = layers_to_quantize(model, embeddings, attention_scores)
     _warn_of_own_training(model)
+    _warn_of_names_of_keras(model)
     if attention_scores and tensors == "weights":
         raise ValueError(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
@@ -188,6 +189,7 @@ def apply(
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
     layers = layers_to_quantize(model, embeddings, attention_scores, named)
     _warn_of_own_training(model)
+    _warn_of_names_of_keras(model)
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
@@ -217,6 +219,21 @@ def _warn_of_own_training(model) -> None:
             "what it does into the loss, the metrics or a layer (add_loss).",
             type(model).__name__,
             " and a ".join(own),
+        )
+
+
+def _warn_of_names_of_keras(model) -> None:
+    """A copy has the functions themselves, a file their names."""
+    found = [
+        f"{path} ({', '.join(names)})"
+        for path, layer in trace.walk(model)
+        if (names := copies.mistakable_functions(layer).values())
+    ]
+    if found:
+        _LOG.warning(
+            "Functions of your own that bear names of Keras': %s. The model computes with them, but a file holds names "
+            "alone, for which Keras has its own functions: rename yours before you save the model.",
+            ", ".join(found),
         )
 
 
