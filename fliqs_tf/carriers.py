@@ -277,7 +277,7 @@ def _edited(config: dict, prefix: str, added: dict, removed: set[str]) -> dict:
         if news and entry["class_name"] == "Quantized" and isinstance(news[0], _LAYERS.Activation):
             layer = dict(entry["config"]["layer"])
             layer["config"] = {**layer["config"], "activation": "linear"}
-            entry["config"] = {**entry["config"], "layer": layer}
+            entry["config"] = {**entry["config"], "layer": layer, "functions": {}}
         entries.append(entry)
         calls = range(max(1, len(entry.get("inbound_nodes", ()))))
         for place, read in ((path, calls), *(((path, i), [i]) for i in calls)):

@@ -174,7 +174,7 @@ def _recorder(call, outputs: list):
 def _passing(model):
     """Within it the quantizers of a model give out what they get."""
     quantizers = [layer for layer in model._flatten_layers() if isinstance(layer, Quantizer)]
-    with trace.overridden_calls({q: _identity for q in quantizers}):
+    with trace.overridden_calls(dict.fromkeys(quantizers, _identity)):
         yield
 
 
@@ -185,14 +185,23 @@ def _identity(x, training=None):
 @contextlib.contextmanager
 def _unchanged(model):
     """Puts back what calls change: states of recurrent layers and of generators, losses."""
-    fixed = (Quantizer, keras.layers.BatchNormalization)  # not in training, and many
-    known = {id(v) for layer in model._flatten_layers() if isinstance(layer, fixed) for v in layer.variables}
-    variables = [v for v in model.non_trainable_variables if hasattr(v, "assign") and id(v) not in known]
-    before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
+    before = {id(v): tf.identity(tf.convert_to_tensor(v)) for v in _states(model)}
     try:
         yield
     finally:
-        for variable, value in zip(variables, before):
+        for variable in _states(model):
+            value = before.get(id(variable), tf.zeros_like(tf.convert_to_tensor(variable)))
             if not np.array_equal(variable, value):
                 variable.assign(value)
         model._clear_losses()
+
+
+def _states(model) -> list:
+    """Variables that a call may change, though it is not in training."""
+    layers = list(model._flatten_layers())
+    fixed = (Quantizer, keras.layers.BatchNormalization)
+    known = {id(v) for layer in layers if isinstance(layer, fixed) for v in layer.variables}
+    # tf_keras has the states of recurrent layers elsewhere, and makes them in the first call.
+    recurrent = [getattr(layer, "states", None) for layer in layers if getattr(layer, "stateful", False)]
+    found = [*model.non_trainable_variables, *tf.nest.flatten(recurrent)]
+    return list({id(v): v for v in found if hasattr(v, "assign") and id(v) not in known}.values())

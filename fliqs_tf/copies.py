@@ -71,8 +71,8 @@ def keep_weights(layer, copy) -> None:
     Raises:
       ValueError: The copy has other weights.
     """
-    if isinstance(layer, _LAYERS.Discretization):
-        return  # what it computes with are its boundaries; its weight in tf_keras is for going on with `adapt`
+    if isinstance(layer, _LAYERS.Discretization) or hasattr(layer, "get_vocabulary"):
+        return  # the copy was given what they compute with; weights of theirs in tf_keras are for going on with `adapt`
     old_weights, new_weights = trace.own_weights(layer), trace.own_weights(copy)
     if [w.shape for w in old_weights] != [w.shape for w in new_weights]:
         raise ValueError(
@@ -112,15 +112,25 @@ def mistakable_functions(layer) -> dict[str, str]:
     return {name: _name(function) for name, function in _functions(layer).items() if _is_mistakable(function)}
 
 
-def config_for_files(config: dict, layer) -> dict:
-    """A layer's config in which a function of its user is not taken for Keras' own of that name: it has to be among the
-    `custom_objects` when the file is loaded."""
-    named = {
-        attribute: {"module": None, "class_name": "function", "config": name, "registered_name": name}
-        for attribute, name in mistakable_functions(layer).items()
-        if isinstance(config.get(attribute), (str, dict))
-    }
-    return {**config, **named}
+def give_functions(layer, functions: dict[str, str], custom_objects: dict | None) -> None:
+    """Gives a layer from a file the functions that the file names.
+
+    Args:
+      layer: The layer.
+      functions: What `mistakable_functions` said when it was saved.
+      custom_objects: As for `load_model`.
+
+    Raises:
+      ValueError: There is no such function; says how to give it.
+    """
+    for attribute, name in functions.items():
+        function = keras.saving.get_registered_object(name, custom_objects)
+        if function is None:
+            raise ValueError(
+                f"Layer {layer.name!r} computes with a function {name!r} of its user's, not with the one of Keras: "
+                f"load the model with custom_objects={{{name!r}: the function}}."
+            )
+        setattr(layer, attribute, function)
 
 
 def _of_lambda(layer):
@@ -168,7 +178,7 @@ def _name(function) -> str:
 
 def _is_of_keras(thing) -> bool:
     module = getattr(inspect.unwrap(thing), "__module__", None) or ""
-    return module.split(".")[0] in ("keras", "tf_keras", "keras_hub", "tensorflow", "fliqs_tf")
+    return module.split(".")[0] in ("keras", "tf_keras", "keras_hub", "tensorflow")
 
 
 def _is_mistakable(function) -> bool:
@@ -213,7 +223,12 @@ def _keep_learned(layer, copy) -> None:
             copy.bin_boundaries = copy.input_bin_boundaries = list(layer.bin_boundaries)
             copy.num_bins = None  # or tf_keras would look for boundaries in the weights of a file
     elif hasattr(layer, "get_vocabulary") and hasattr(copy, "set_vocabulary"):
-        words = layer.get_vocabulary()
-        if words != copy.get_vocabulary():
-            weights = getattr(getattr(layer, "_lookup_layer", layer), "idf_weights", None)
-            copy.set_vocabulary(words, *(() if weights is None else (np.array(tf.convert_to_tensor(weights)),)))
+        words, (old, new) = layer.get_vocabulary(), (getattr(each, "_lookup_layer", each) for each in (layer, copy))
+        if words == copy.get_vocabulary():
+            return
+        weights = getattr(old, "idf_weights", None)
+        weights = () if weights is None else (np.array(tf.convert_to_tensor(weights)),)
+        copy.set_vocabulary(words, *weights)
+        # In its config, so that a model from a file computes with it before Keras reads the rest of the file.
+        new.input_vocabulary = np.array(words).tolist()
+        new.input_idf_weights = weights[0].tolist() if weights else None

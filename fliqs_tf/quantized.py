@@ -53,10 +53,12 @@ class Quantized(keras.layers.Wrapper):
             )
         self.weight_decision = weight_decision or layer.name
         self.activation_decision = activation_decision or layer.name
+        weight_formats = Space(weight_formats)
+        activation_formats = None if activation_formats is None else Space(activation_formats)
         choices = {}
 
         def quantizer(cls, formats, decision, **options):
-            made = cls(formats, choice=choices.get((decision, Space(formats))), **options)
+            made = cls(formats, choice=choices.get((decision, formats)), **options)
             choices[decision, made.space] = made.choice
             return made
 
@@ -141,17 +143,24 @@ class Quantized(keras.layers.Wrapper):
     def get_config(self) -> dict:
         weights = list(self.weight_quantizers[0].space.names)
         activations = self.activation_quantizer and list(self.activation_quantizer.space.names)
-        config = super().get_config()
-        inside = config["layer"]
+        functions = copies.mistakable_functions(self.layer)
         return {
-            **config,
-            "layer": {**inside, "config": copies.config_for_files(inside["config"], self.layer)},
+            **super().get_config(),
+            **({"functions": functions} if functions else {}),
             "weight_formats": weights,
             "activation_formats": activations,
             "weight_decision": self.weight_decision,
             "activation_decision": self.activation_decision,
             "clips": [q.clip for q in self.activation_quantizers],
         }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        functions = config.pop("functions", {})
+        made = super().from_config(config, custom_objects=custom_objects)
+        copies.give_functions(made.layer, functions, custom_objects)
+        return made
 
 
 def quantized_activation(quantizer: ActivationQuantizer, x, training: bool, integers="float32") -> tf.Tensor:

@@ -297,8 +297,8 @@ def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()
     of_keras = [p for p, layer in trace.walk(model) if getattr(layer, "quantization_mode", None)]
     if of_keras:
         raise ValueError(
-            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it was "
-            f"before."
+            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it "
+            f"was before."
         )
     tables = [(path, layer) for path, layer in trace.embeddings(model) if embeddings or path in named]
     among = {id(layer) for _, layer in (*trace.quantizable(model), *tables)}
