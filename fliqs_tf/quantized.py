@@ -96,8 +96,8 @@ class Quantized(keras.layers.Wrapper):
         if isinstance(inputs, (tf.SparseTensor, tf.RaggedTensor)):
             kind = "sparse" if isinstance(inputs, tf.SparseTensor) else "ragged"
             raise ValueError(
-                f"Layer {self.name!r} has a {kind} input, which cannot be quantized: make it dense before the layer, "
-                f"or leave the layer in float with the rule ({self.name!r}, None)."
+                f"Layer {self.layer.name!r} has a {kind} input, which cannot be quantized: make it dense before the layer, "
+                f"or leave the layer in float with the rule ({self.layer.name!r}, None)."
             )
         return self._call(inputs, training)
 

@@ -278,7 +278,7 @@ def test_integers_are_quantized_as_the_floats_that_they_are(dtype):
 )
 def test_layers_whose_weights_are_not_float32(dtype, make):
     layer = make(dtype)
-    quantized = Quantized(layer, ["INT4"], ["FP32"])
+    quantized = Quantized(layer, ["INT4"], ["FP32"], dtype=layer.dtype_policy)
     is_table = hasattr(layer, "input_dim")
     x = tf.constant([[1, 2, 3]]) if is_table else tf.cast([[0.5, -1.0, 2.0]], dtype)
     result = quantized(x)
