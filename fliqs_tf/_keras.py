@@ -86,6 +86,19 @@ def build_optimizer(optimizer, variables) -> None:
         optimizer._create_all_weights(variables)
 
 
+def clone(network, clone_function):
+    """A copy of a network of layers that a function makes from its own, not compiled: Keras 3 would compile it from a
+    config, which has no form for a loss or a metric of one's own."""
+    compiled = network.__dict__.get("compiled")
+    if compiled is not None:
+        object.__setattr__(network, "compiled", False)
+    try:
+        return keras.models.clone_model(network, clone_function=clone_function)
+    finally:
+        if compiled is not None:
+            object.__setattr__(network, "compiled", compiled)
+
+
 def only_shapes() -> bool:
     """True while Keras calls a layer only to learn the shape of its output, in a graph that it throws away."""
     return "scratch_graph" in getattr(tf.compat.v1.get_default_graph(), "name", "")

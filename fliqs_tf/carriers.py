@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
-from fliqs_tf import copies, topology, trace
+from fliqs_tf import comparison, copies, topology, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
@@ -184,7 +184,9 @@ def with_carriers(model: keras.Model) -> keras.Model:
     """
     apart = with_added(model, _activations_apart(model))
     added = {path: [ActivationQuantizer([FORMAT], name=_last(path) + SUFFIX)] for path in places(apart)}
-    return with_added(apart, added)
+    copy = with_added(apart, added)
+    comparison.check(model, copy)
+    return copy
 
 
 def has_carriers(model: keras.Model) -> bool:
@@ -216,6 +218,11 @@ def _activations_apart(model) -> dict[str, list]:
     found = {}
     for path, layer in trace.walk(model):
         if isinstance(layer, Quantized) and activation(layer) not in ("linear", "relu", "relu6"):
+            if copies.is_of_its_user(layer.layer.activation):
+                raise ValueError(
+                    f"Layer {path!r} has the activation {activation(layer)!r}, which no kernel of TFLite computes: "
+                    f"leave target=None, or the layer in float."
+                )
             found[path] = [_LAYERS.Activation(layer.layer.activation, name=f"{_last(path)}_{activation(layer)}")]
     return found
 

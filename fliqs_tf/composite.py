@@ -7,7 +7,7 @@ import inspect
 import tensorflow as tf
 
 from fliqs_tf import products, trace
-from fliqs_tf._keras import keras, replace_layers
+from fliqs_tf._keras import clone, keras, replace_layers
 from fliqs_tf.copies import of_layer
 from fliqs_tf.quantized import Quantized
 
@@ -161,4 +161,4 @@ def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.M
                 copies[id(layer)] = placed(of_layer(layer), layer, arguments)
         return copies[id(layer)]
 
-    return keras.models.clone_model(network, clone_function=copy_of)
+    return clone(network, copy_of)

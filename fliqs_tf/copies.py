@@ -107,6 +107,11 @@ def function_name(function) -> str:
     return f"{_name(function)}_of_its_user" if _is_mistakable(function) else _name(function)
 
 
+def is_of_its_user(function) -> bool:
+    """True for a function that is neither Keras' own nor TensorFlow's."""
+    return _is_function(function) and not _is_of_keras(function)
+
+
 def mistakable_functions(layer) -> dict[str, str]:
     """{attribute: name} of the functions of a layer in whose place a file would have Keras' own of that name."""
     return {name: _name(function) for name, function in _functions(layer).items() if _is_mistakable(function)}

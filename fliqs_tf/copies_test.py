@@ -368,7 +368,40 @@ def test_classes_need_not_be_registered_to_be_copied():
     np.testing.assert_array_equal(deployed(data(4, 6)), model(data(4, 6)))
 
 
+def test_a_compiled_model_need_not_be_compiled_from_a_config():
+    def loss(y_true, y_pred):
+        return tf.reduce_mean((y_true - y_pred) ** 2)
+
+    inner = keras.Sequential([keras.Input((3,)), L.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), inner])
+    for each in (inner, model):
+        each.compile("sgd", loss, metrics=[lambda y_true, y_pred: 0.0])
+    fliqs_tf.wrap(model, MENU)
+    model.evaluate(np.ones((2, 3)), np.ones((2, 2)), verbose=0)  # still compiled
+
+
 # ---- what cannot be copied
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no LoRA")
+def test_lora():
+    model = keras.Sequential([keras.Input((3,)), L.Dense(3, name="tuned"), L.Dense(2, name="fc")])
+    model.get_layer("tuned").enable_lora(2)
+    with pytest.raises(ValueError, match="'tuned' is trained by LoRA.*leave it in float with the rule .'tuned', None"):
+        fliqs_tf.wrap(model, MENU)
+    wrapped = fliqs_tf.wrap(model, MENU, rules=[("tuned", None)])
+    np.testing.assert_array_equal(wrapped(data(4, 3)), model(data(4, 3)))
+    assert trained(wrapped) == trained(model)
+
+
+def test_functions_that_no_integer_kernel_computes():
+    model = keras.Sequential([keras.Input((4, 4, 3)), L.Conv2D(2, 3, activation=relu, name="conv")])
+    for convert in (
+        lambda: fliqs_tf.wrap(model, ["INT4", "INT8"], target="tflite"),
+        lambda: fliqs_tf.apply(model, "INT8", target="tflite"),
+    ):
+        with pytest.raises(ValueError, match="'conv'.* activation 'relu_of_its_user'"):
+            convert()
 
 
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no model.quantize")

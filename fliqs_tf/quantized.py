@@ -51,6 +51,11 @@ class Quantized(keras.layers.Wrapper):
                 f"Layer {layer.name!r} of class {type(layer).__name__} cannot be quantized; known classes: "
                 f"Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose, EinsumDense, Embedding."
             )
+        if getattr(layer, "lora_rank", None):
+            raise ValueError(
+                f"Layer {layer.name!r} is trained by LoRA, which adds to its kernel and cannot be quantized: leave it "
+                f"in float with the rule ({layer.name!r}, None), or give a model without LoRA."
+            )
         self.weight_decision = weight_decision or layer.name
         self.activation_decision = activation_decision or layer.name
         weight_formats = Space(weight_formats)
@@ -96,8 +101,8 @@ class Quantized(keras.layers.Wrapper):
         if isinstance(inputs, (tf.SparseTensor, tf.RaggedTensor)):
             kind = "sparse" if isinstance(inputs, tf.SparseTensor) else "ragged"
             raise ValueError(
-                f"Layer {self.layer.name!r} has a {kind} input, which cannot be quantized: make it dense before the layer, "
-                f"or leave the layer in float with the rule ({self.layer.name!r}, None)."
+                f"Layer {self.layer.name!r} has a {kind} input, which cannot be quantized: make it dense before the "
+                f"layer, or leave the layer in float with the rule ({self.layer.name!r}, None)."
             )
         return self._call(inputs, training)
 
