@@ -120,15 +120,17 @@ class Bound(L.Layer):
         super().__init__(**kwargs)
         self.dense = L.Dense(3)
         self.compiled = tf.function(lambda x: self.dense(x))
-        self.partial = functools.partial(tf.multiply, 2.0)
-        self.twice = lambda x: self.partial(self.dense(x))
+        self.partial = functools.partial(Bound.twice, self)
 
     def build(self, shape):
         self.dense.build(shape)
         self.built = True
 
     def call(self, x):
-        return self.compiled(x) + self.twice(x)
+        return self.compiled(x) + self.partial(x)
+
+    def twice(self, x):
+        return 2 * self.dense(x)
 
 
 def test_functions_that_are_bound_to_their_layer_are_not_handed_on():
