@@ -17,6 +17,7 @@ _LARGEST = 32  # of the sides of an image; a network that takes no smaller ones 
 _OPEN = (32, 8)  # in place of a size that is open
 # Of the largest value. The copy computes some layers in another order; 16 bits make more of that.
 _TOLERANCE, _TOLERANCE_16 = 1e-3, 5e-2
+_HOLD = ("weight_quantizers", "activation_quantizers")
 
 
 def check(original: keras.Model, copy: keras.Model, input_shape=None) -> None:
@@ -173,9 +174,15 @@ def _recorder(call, outputs: list):
 @contextlib.contextmanager
 def _passing(model):
     """Within it the quantizers of a model give out what they get."""
-    quantizers = [layer for layer in model._flatten_layers() if isinstance(layer, Quantizer)]
-    with trace.overridden_calls(dict.fromkeys(quantizers, _identity)):
+    with trace.overridden_calls(dict.fromkeys(_quantizers(model), _identity)):
         yield
+
+
+def _quantizers(model) -> list[Quantizer]:
+    """Those that are layers of the model, and those of its layers, which in a wrapper of another package it does not
+    know."""
+    held = [q for _, layer in trace.walk(model) for name in _HOLD for q in getattr(layer, name, ())]
+    return list(dict.fromkeys([*held, *(q for q in model._flatten_layers() if isinstance(q, Quantizer))]))
 
 
 def _identity(x, training=None):
@@ -199,8 +206,8 @@ def _unchanged(model):
 def _states(model) -> list:
     """Variables that a call may change, though it is not in training."""
     layers = list(model._flatten_layers())
-    fixed = (Quantizer, keras.layers.BatchNormalization)
-    known = {id(v) for layer in layers if isinstance(layer, fixed) for v in layer.variables}
+    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    known = {id(v) for layer in (*_quantizers(model), *norms) for v in layer.variables}
     # tf_keras has the states of recurrent layers elsewhere, and makes them in the first call.
     recurrent = [getattr(layer, "states", None) for layer in layers if getattr(layer, "stateful", False)]
     found = [*model.non_trainable_variables, *tf.nest.flatten(recurrent)]

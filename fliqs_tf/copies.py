@@ -173,8 +173,10 @@ def _is_function(value) -> bool:
 
 
 def _functions(layer) -> dict:
-    """{attribute: function} of those that a layer holds, but not of its parts."""
-    return {name: value for name, value in attributes(layer).items() if _is_function(value)}
+    """{attribute: function} of those that a layer holds, but not of its parts. Objects made of functions (partial,
+    tf.function) are not among them: what a layer makes for itself is bound to its own weights."""
+    plain = (types.FunctionType, types.BuiltinFunctionType)
+    return {name: value for name, value in attributes(layer).items() if isinstance(value, plain)}
 
 
 def _name(function) -> str:

@@ -1,5 +1,6 @@
 """What a copy of a model has that no config holds: functions, what `adapt` learned, what is frozen, layers inside."""
 
+import functools
 import logging
 
 import numpy as np
@@ -109,6 +110,36 @@ def test_functions_inside_layers_of_ones_own_and_in_deployed_models():
     np.testing.assert_array_equal(wrapped(x), model(x))
     recipe = fliqs_tf.Recipe({d.name: "FP32" for d in wrapped.decisions})
     np.testing.assert_array_equal(wrapped.deploy(recipe)(x), model(x))
+
+
+@register
+class Bound(L.Layer):
+    """Has functions that are bound to itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = L.Dense(3)
+        self.compiled = tf.function(lambda x: self.dense(x))
+        self.partial = functools.partial(Bound.twice, self)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return self.compiled(x) + self.partial(x)
+
+    def twice(self, x):
+        return 2 * self.dense(x)
+
+
+def test_functions_that_are_bound_to_their_layer_are_not_handed_on():
+    model = keras.Sequential([keras.Input((3,)), Bound(name="bound"), L.Dense(2)])
+    fixed, x = fliqs_tf.apply(model, "FP32"), data(4, 3)
+    before = fixed(x)
+    model.set_weights([np.zeros_like(w) for w in model.get_weights()])
+    np.testing.assert_array_equal(fixed(x), before)
+    assert np.any(before)
 
 
 def test_a_file_never_has_the_function_of_keras_for_a_quantized_layer(tmp_path, caplog):
