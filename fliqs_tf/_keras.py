@@ -78,13 +78,34 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
     return layer.add_weight(**options, experimental_autocast=False, aggregation=tf.VariableAggregation.NONE)
 
 
+def build_optimizer(optimizer, variables) -> None:
+    """Makes the variables of an optimizer, which Keras otherwise does in the first step."""
+    if hasattr(optimizer, "build"):
+        optimizer.build(variables)
+    else:  # one of tf_keras.optimizers.legacy
+        optimizer._create_all_weights(variables)
+
+
+def clone(network, clone_function):
+    """A copy of a network of layers that a function makes from its own, not compiled: Keras 3 would compile it from a
+    config, which has no form for a loss or a metric of one's own."""
+    compiled = network.__dict__.get("compiled")
+    if compiled is not None:
+        object.__setattr__(network, "compiled", False)
+    try:
+        return keras.models.clone_model(network, clone_function=clone_function)
+    finally:
+        if compiled is not None:
+            object.__setattr__(network, "compiled", compiled)
+
+
 def only_shapes() -> bool:
     """True while Keras calls a layer only to learn the shape of its output, in a graph that it throws away."""
     return "scratch_graph" in getattr(tf.compat.v1.get_default_graph(), "name", "")
 
 
 def float_value(variable) -> tf.Tensor:
-    """A variable as it is stored, float32 also where mixed precision would cast what a layer reads."""
+    """A variable as it is stored, also where mixed precision would cast what a layer reads."""
     if IS_KERAS_3:
         return tf.convert_to_tensor(variable._value)
     return tf.convert_to_tensor(getattr(variable, "_variable", variable))
@@ -95,7 +116,7 @@ def substituted(layer, attribute: str, tensor):
     """Within it, `layer.call` sees `tensor` where it would read the variable `layer.<attribute>`."""
     variable = getattr(layer, attribute)
     if IS_KERAS_3:
-        with keras.StatelessScope(state_mapping=[(variable, tensor)]):
+        with keras.StatelessScope(state_mapping=[(variable, tf.cast(tensor, variable.dtype))]):
             yield
     else:
         # tf_keras has no such scope: the attribute is set and put back, past the attribute tracking.

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
-from fliqs_tf import topology, trace
+from fliqs_tf import comparison, copies, topology, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
@@ -64,8 +64,7 @@ def activation(layer) -> str:
         largest = None if layer.max_value is None else float(layer.max_value)  # an array once tf_keras has copied it
         name = {None: "relu", 6.0: "relu6"}.get(largest) if plain else None
         return name or f"ReLU({layer.max_value}, {layer.negative_slope}, {layer.threshold})"
-    function = getattr(getattr(layer, "quantized_layer", layer), "activation", None)
-    return "linear" if function is None else getattr(function, "__name__", type(function).__name__)
+    return copies.function_name(getattr(getattr(layer, "quantized_layer", layer), "activation", None))
 
 
 def is_activation(layer) -> bool:
@@ -185,7 +184,9 @@ def with_carriers(model: keras.Model) -> keras.Model:
     """
     apart = with_added(model, _activations_apart(model))
     added = {path: [ActivationQuantizer([FORMAT], name=_last(path) + SUFFIX)] for path in places(apart)}
-    return with_added(apart, added)
+    copy = with_added(apart, added)
+    comparison.check(model, copy)
+    return copy
 
 
 def has_carriers(model: keras.Model) -> bool:
@@ -217,6 +218,11 @@ def _activations_apart(model) -> dict[str, list]:
     found = {}
     for path, layer in trace.walk(model):
         if isinstance(layer, Quantized) and activation(layer) not in ("linear", "relu", "relu6"):
+            if copies.is_of_its_user(layer.layer.activation):
+                raise ValueError(
+                    f"Layer {path!r} has the activation {activation(layer)!r}, which no kernel of TFLite computes: "
+                    f"leave target=None, or the layer in float."
+                )
             found[path] = [_LAYERS.Activation(layer.layer.activation, name=f"{_last(path)}_{activation(layer)}")]
     return found
 
@@ -238,16 +244,17 @@ def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset())
     if clash:
         raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
     config = _edited(model.get_config(), "", added, removed)
-    classes = {type(layer).__name__: type(layer) for _, layer in trace.walk(model)}
-    with keras.utils.custom_object_scope(classes):
+    with copies.scope(model):
         is_sequential = isinstance(model, keras.Sequential)
         copy = (keras.Sequential if is_sequential else keras.Model).from_config(config)
     if not copy.built:
         copy.build((None, *model.inputs[0].shape[1:]))
-    copies = dict(trace.walk(copy))
+    made = dict(trace.walk(copy))
     for path, layer in trace.walk(model):
-        if layer.weights and path in copies:
-            copies[path].set_weights(layer.get_weights())
+        if path in made:
+            copies.keep_functions(trace.inside(layer), trace.inside(made[path]))
+            if layer.weights:
+                made[path].set_weights(layer.get_weights())
     return copy
 
 
@@ -277,7 +284,7 @@ def _edited(config: dict, prefix: str, added: dict, removed: set[str]) -> dict:
         if news and entry["class_name"] == "Quantized" and isinstance(news[0], _LAYERS.Activation):
             layer = dict(entry["config"]["layer"])
             layer["config"] = {**layer["config"], "activation": "linear"}
-            entry["config"] = {**entry["config"], "layer": layer}
+            entry["config"] = {**entry["config"], "layer": layer, "functions": {}}
         entries.append(entry)
         calls = range(max(1, len(entry.get("inbound_nodes", ()))))
         for place, read in ((path, calls), *(((path, i), [i]) for i in calls)):

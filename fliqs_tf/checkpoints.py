@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from fliqs_tf import replicas
-from fliqs_tf._keras import IS_KERAS_3
+from fliqs_tf._keras import IS_KERAS_3, build_optimizer
 from fliqs_tf.files import local
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -148,12 +148,13 @@ def _check(path, header, variables) -> None:
 
 
 def _variables(model) -> list:
-    state = [*model.variables, *_random_states(model)]
+    # A vocabulary of tf_keras is among the variables, but is none, and does not change.
+    state = [v for v in model.variables if hasattr(v, "assign")] + _random_states(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return state
     with optimizer_scope(model):
-        optimizer.build(model.trainable_variables)
+        build_optimizer(optimizer, model.trainable_variables)
     own = optimizer.variables
     return [*state, *(own() if callable(own) else own)]
 

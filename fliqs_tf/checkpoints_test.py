@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from fliqs_tf import checkpoints
-from fliqs_tf._keras import keras
+from fliqs_tf._keras import IS_KERAS_3, keras
 
 L = keras.layers
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
@@ -230,3 +230,30 @@ def test_a_place_that_is_no_directory(tmp_path):
     with pytest.raises(OSError):
         checkpoints.save(tmp_path / "file", small(), 1)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="of tf_keras only")
+def test_optimizers_of_before(tmp_path):
+    def compiled():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        model.compile(keras.optimizers.legacy.Adam(0.1), "mse")
+        return model
+
+    model, restored = compiled(), compiled()
+    model.fit(np.ones((4, 3)), np.zeros((4, 2)), verbose=0)
+    checkpoints.save(tmp_path, model, 1)
+    assert checkpoints.restore_newest(tmp_path, restored) == 1
+    for a, b in zip(model.optimizer.variables(), restored.optimizer.variables()):
+        np.testing.assert_array_equal(a, b)
+    assert len(restored.optimizer.variables()) == 5  # the step, and two averages of each weight
+
+
+def test_vocabularies_are_not_variables(tmp_path):
+    lookup = keras.layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
+    inputs = keras.Input((1,), dtype="string")
+    model = keras.Model(inputs, keras.layers.Dense(2)(lookup(inputs)))
+    checkpoints.save(tmp_path, model, 3)
+    kernel = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([w + 1 for w in kernel])
+    assert checkpoints.restore_newest(tmp_path, model) == 3
+    np.testing.assert_array_equal(model.layers[-1].get_weights()[0], kernel[0])

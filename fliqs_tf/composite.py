@@ -7,7 +7,8 @@ import inspect
 import tensorflow as tf
 
 from fliqs_tf import products, trace
-from fliqs_tf._keras import keras, replace_layers
+from fliqs_tf._keras import clone, keras, replace_layers
+from fliqs_tf.copies import of_layer
 from fliqs_tf.quantized import Quantized
 
 ARGUMENTS = ("weight_formats", "activation_formats", "weight_decision", "activation_decision")
@@ -52,6 +53,11 @@ class Composite(keras.layers.Layer):
     def composite_layer(self):
         """The layer inside."""
         return self.layer
+
+    @property
+    def layer_config(self) -> dict:
+        """Config of the layer inside, of before its parts were replaced."""
+        return self._layer_config["config"]
 
     def __call__(self, *args, **kwargs):
         if not self._replaced:
@@ -152,19 +158,7 @@ def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.M
             if trace.is_network(layer):
                 copies[id(layer)] = network_copy(layer, arguments, copies)
             else:
-                copies[id(layer)] = placed(copy_in_float(layer), layer, arguments)
+                copies[id(layer)] = placed(of_layer(layer), layer, arguments)
         return copies[id(layer)]
 
-    return keras.models.clone_model(network, clone_function=copy_of)
-
-
-def copy_in_float(layer):
-    """A new layer from the config of a layer, or of what is inside if it is quantized."""
-    layer = trace.inside(layer)
-    try:
-        return type(layer).from_config(layer.get_config())
-    except Exception as error:
-        raise ValueError(
-            f"Layer {layer.name!r} of class {type(layer).__name__} cannot be copied: its get_config or from_config "
-            f"failed ({type(error).__name__}: {error}). Let get_config return the arguments of __init__."
-        ) from error
+    return clone(network, copy_of)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from fliqs_tf import batches, normalization, replicas
-from fliqs_tf._keras import IS_KERAS_3, keras
+from fliqs_tf._keras import IS_KERAS_3, build_optimizer, keras
 
 _LOG = logging.getLogger("fliqs_tf")
 # Batches from which moving averages are estimated: 32 batches of 64 give their means to about 2 % of a deviation.
@@ -204,8 +204,7 @@ def _create_variables(model, arguments) -> None:
     if IS_KERAS_3:
         return
     with model.distribute_strategy.scope():
-        if hasattr(model.optimizer, "build"):  # those of optimizers.legacy have none
-            model.optimizer.build(model.trainable_variables)
+        build_optimizer(model.optimizer, model.trainable_variables)
         y_pred = model.network._nested_outputs
         try:
             if not model.compiled_loss.built:

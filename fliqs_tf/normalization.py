@@ -43,7 +43,7 @@ def _normalize(layer, x, found):
     channels = x.shape[axis]
     gamma = tf.ones(channels) if layer.gamma is None else tf.cast(tf.convert_to_tensor(layer.gamma), tf.float32)
     beta = tf.zeros(channels) if layer.beta is None else tf.cast(tf.convert_to_tensor(layer.beta), tf.float32)
-    if x.shape.rank == 4 and axis == 3:
+    if x.shape.rank == 4 and axis == 3 and x.dtype != tf.float64:
         # One fused operation, as in training; the same from parts takes a forward pass twice as long.
         y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=layer.epsilon)
         # It gives the unbiased estimate of the variance, but normalizes with the biased one.
@@ -89,7 +89,8 @@ def reestimate(model: keras.Model, batches, *, shared: bool = False) -> int:
         for layer, values in zip(layers, strategy.run(statistics, (x,))):
             for stored, value in zip((layer.moving_mean, layer.moving_variance), values):
                 value = strategy.reduce("MEAN", value, axis=None)
-                stored.assign(stored + rate * (tf.cast(value, stored.dtype) - stored))
+                before = tf.cast(tf.convert_to_tensor(stored), tf.float32)
+                stored.assign(tf.cast(before + rate * (tf.cast(value, tf.float32) - before), stored.dtype))
 
     replicas, count = strategy.num_replicas_in_sync, 0
     for x in batches:

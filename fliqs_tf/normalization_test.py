@@ -164,3 +164,14 @@ def test_frozen_layers_keep_their_averages_and_use_them():
     assert reestimate(model, [x]) == 0
     for a, b in zip(model.get_weights(), before):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_averages_of_other_dtypes_are_estimated(dtype):
+    layers = [keras.layers.Conv2D(2, 1, dtype=dtype), keras.layers.BatchNormalization(dtype=dtype)]
+    model = keras.Sequential([keras.Input((4, 4, 3)), *layers])
+    x = np.random.default_rng(0).standard_normal((8, 4, 4, 3)).astype(np.float32)
+    expected = tf.reduce_mean(tf.cast(model.layers[0](x), tf.float32), [0, 1, 2])
+    assert normalization.reestimate(model, [x, x]) == 2
+    average = tf.cast(tf.convert_to_tensor(model.layers[1].moving_mean), tf.float32)
+    np.testing.assert_allclose(average, expected, atol=1e-2)

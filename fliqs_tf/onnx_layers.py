@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from fliqs_tf import copies
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.onnx_formats import float_weight, quantized_input
 from fliqs_tf.onnx_graph import Graph, Value
@@ -52,7 +53,7 @@ def activation(graph: Graph, function, x: Value) -> Value:
     Raises:
       ValueError: A function without an ONNX form; names the layer and those that have one.
     """
-    name = "linear" if function is None else getattr(function, "__name__", type(function).__name__)
+    name = copies.function_name(function)
     if name == "linear":
         return x
     if name in ("softmax", "log_softmax"):

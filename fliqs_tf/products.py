@@ -55,7 +55,8 @@ class Product(keras.layers.Layer):
         self.weight_decision = weight_decision or self.name
         self.activation_decision = activation_decision or self.name
         held = ActivationQuantizer(weight_formats, name="held_quantizer")
-        is_same = (self.weight_decision, held.space) == (self.activation_decision, Space(activation_formats))
+        activation_formats = Space(activation_formats)
+        is_same = (self.weight_decision, held.space) == (self.activation_decision, activation_formats)
         self.weight_quantizers = [held]
         self.activation_quantizer = ActivationQuantizer(
             activation_formats, choice=held.choice if is_same else None, name="streamed_quantizer"

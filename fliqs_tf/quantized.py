@@ -6,7 +6,7 @@ import functools
 
 import tensorflow as tf
 
-from fliqs_tf import trace
+from fliqs_tf import copies, trace
 from fliqs_tf._keras import float_value, keras, only_shapes, substituted
 from fliqs_tf.quantizers import ActivationQuantizer, WeightQuantizer
 from fliqs_tf.space import Space
@@ -51,12 +51,19 @@ class Quantized(keras.layers.Wrapper):
                 f"Layer {layer.name!r} of class {type(layer).__name__} cannot be quantized; known classes: "
                 f"Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose, EinsumDense, Embedding."
             )
+        if getattr(layer, "lora_rank", None):
+            raise ValueError(
+                f"Layer {layer.name!r} is trained by LoRA, which adds to its kernel and cannot be quantized: leave it "
+                f"in float with the rule ({layer.name!r}, None), or give a model without LoRA."
+            )
         self.weight_decision = weight_decision or layer.name
         self.activation_decision = activation_decision or layer.name
+        weight_formats = Space(weight_formats)
+        activation_formats = None if activation_formats is None else Space(activation_formats)
         choices = {}
 
         def quantizer(cls, formats, decision, **options):
-            made = cls(formats, choice=choices.get((decision, Space(formats))), **options)
+            made = cls(formats, choice=choices.get((decision, formats)), **options)
             choices[decision, made.space] = made.choice
             return made
 
@@ -91,6 +98,12 @@ class Quantized(keras.layers.Wrapper):
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
     def call(self, inputs, training=None):
+        if isinstance(inputs, (tf.SparseTensor, tf.RaggedTensor)):
+            kind = "sparse" if isinstance(inputs, tf.SparseTensor) else "ragged"
+            raise ValueError(
+                f"Layer {self.layer.name!r} has a {kind} input, which cannot be quantized: make it dense before the "
+                f"layer, or leave the layer in float with the rule ({self.layer.name!r}, None)."
+            )
         return self._call(inputs, training)
 
     # Nothing here branches on tensors; converting it would double the time that tf_keras takes to trace a network.
@@ -101,11 +114,13 @@ class Quantized(keras.layers.Wrapper):
         if trace.table(self.layer):
             return _looked_up(self.layer, self.weight_quantizers[0], inputs)
         weights = [
-            quantizer.call(float_value(getattr(self.layer, kernel.attribute)))
+            quantizer.call(tf.cast(float_value(getattr(self.layer, kernel.attribute)), tf.float32))
             for kernel, quantizer in zip(trace.kernels(self.layer), self.weight_quantizers)
         ]
         activations = [
-            functools.partial(quantized_activation, quantizer, training=bool(training))
+            functools.partial(
+                quantized_activation, quantizer, training=bool(training), integers=self.layer.compute_dtype
+            )
             for quantizer in self.activation_quantizers
         ]
         return self.compute(inputs, weights, activations)
@@ -133,8 +148,10 @@ class Quantized(keras.layers.Wrapper):
     def get_config(self) -> dict:
         weights = list(self.weight_quantizers[0].space.names)
         activations = self.activation_quantizer and list(self.activation_quantizer.space.names)
+        functions = copies.mistakable_functions(self.layer)
         return {
             **super().get_config(),
+            **({"functions": functions} if functions else {}),
             "weight_formats": weights,
             "activation_formats": activations,
             "weight_decision": self.weight_decision,
@@ -142,16 +159,34 @@ class Quantized(keras.layers.Wrapper):
             "clips": [q.clip for q in self.activation_quantizers],
         }
 
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        functions = config.pop("functions", {})
+        made = super().from_config(config, custom_objects=custom_objects)
+        copies.give_functions(made.layer, functions, custom_objects)
+        return made
 
-def quantized_activation(quantizer: ActivationQuantizer, x, training: bool) -> tf.Tensor:
-    """An activation of any float dtype, quantized in float32."""
-    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
+
+def quantized_activation(quantizer: ActivationQuantizer, x, training: bool, integers="float32") -> tf.Tensor:
+    """An activation quantized in float32.
+
+    Args:
+      quantizer: What quantizes it.
+      x: Of any dtype, which the result has too if it is a float one.
+      training: Whether the range of the quantizer moves.
+      integers: dtype of the result if x holds integers, between which the values of most formats lie.
+    """
+    return tf.cast(
+        quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype if x.dtype.is_floating else integers
+    )
 
 
 def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:
     """Quantized rows of an embedding's table."""
     indices = tf.cast(indices, tf.int32)
-    rows = quantizer.call(tf.gather(float_value(layer.embeddings), tf.reshape(indices, [-1])))
+    rows = tf.gather(float_value(layer.embeddings), tf.reshape(indices, [-1]))
+    rows = quantizer.call(tf.cast(rows, tf.float32))
     rows = tf.reshape(rows, tf.concat([tf.shape(indices), [layer.output_dim]], axis=0))
     rows.set_shape((*indices.shape, layer.output_dim))
     return tf.cast(rows, layer.compute_dtype)

@@ -256,3 +256,50 @@ def test_a_model_of_it_is_the_same_after_saving(tmp_path, name, menus):
     np.testing.assert_array_equal(copy(x), model(x))
     inner = copy.get_layer("outside")
     assert (inner.weight_decision, inner.activation_decision) == ("of weights", "of input")
+
+
+# ---- inputs and layers of other dtypes
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "bool"])
+def test_integers_are_quantized_as_the_floats_that_they_are(dtype):
+    """Values of a format lie between integers: what is quantized is no integer any more."""
+    layer = keras.layers.Dense(3)
+    quantized = Quantized(layer, ["FP32"], ["INT4"])
+    x = tf.cast([[1, 50, 100], [0, 77, 3]], dtype)
+    result = quantized(x)
+    expected = fake_quant(tf.cast(x, tf.float32), "INT4") @ tf.convert_to_tensor(layer.kernel)
+    np.testing.assert_allclose(result, expected + tf.convert_to_tensor(layer.bias), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "make", [lambda d: keras.layers.Dense(3, dtype=d), lambda d: keras.layers.Embedding(4, 3, dtype=d)]
+)
+def test_layers_whose_weights_are_not_float32(dtype, make):
+    layer = make(dtype)
+    quantized = Quantized(layer, ["INT4"], ["FP32"], dtype=layer.dtype_policy)
+    is_table = hasattr(layer, "input_dim")
+    x = tf.constant([[1, 2, 3]]) if is_table else tf.cast([[0.5, -1.0, 2.0]], dtype)
+    result = quantized(x)
+    assert result.dtype == dtype
+    weight = tf.cast(tf.convert_to_tensor(layer.weights[0]), tf.float32)
+    rounded = tf.cast(fake_quant(weight, "INT4", 0 if is_table else -1), dtype)
+    expected = tf.gather(rounded, x) if is_table else x @ rounded
+    np.testing.assert_allclose(tf.cast(result, tf.float32), tf.cast(expected, tf.float32), rtol=1e-2, atol=1e-2)
+
+
+def test_menus_may_be_iterators():
+    layer = keras.layers.SeparableConv2D(2, 3)
+    layer = Quantized(layer, (f for f in ["INT4", "INT8"]), iter(["INT8", "BF16"]))
+    assert [q.space.names for q in layer.weight_quantizers] == [("INT4", "INT8")] * 2
+    assert [q.space.names for q in layer.activation_quantizers] == [("INT8", "BF16")] * 2
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_inputs_that_are_not_dense(kind):
+    x = tf.sparse.eye(3) if kind == "sparse" else tf.ragged.constant([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    quantized = Quantized(keras.layers.Dense(2, name="fc"), ["INT4"], ["INT8"])
+    quantized.build((None, 3))
+    with pytest.raises(ValueError, match=f"'fc' has a {kind} input.*make it dense.*in float with the rule .'fc', None"):
+        quantized.call(x)

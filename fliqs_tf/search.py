@@ -31,7 +31,7 @@ from fliqs_tf import (
     rewards,
     wrapping,
 )
-from fliqs_tf._keras import IS_KERAS_3, add_state, check_strategy, keras, map_shapes, replace_layer
+from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
 from fliqs_tf.profile import Profile
@@ -56,6 +56,7 @@ class SearchModel(keras.Model):
     def __init__(self, network, controller=None, input_shape=None, profile=None, **kwargs):
         super().__init__(**kwargs)
         self.network = network
+        self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
         if carriers.has_carriers(network):
             carriers.link(network)
         self.profile = profile
@@ -526,4 +527,4 @@ class SearchModel(keras.Model):
             return
         self.compile(**arguments.from_config(keras.saving.deserialize_keras_object(config)))
         if getattr(self, "optimizer", None) is not None:
-            self.optimizer.build(self.trainable_variables)
+            build_optimizer(self.optimizer, self.trainable_variables)

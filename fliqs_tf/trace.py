@@ -422,4 +422,5 @@ def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
 def own_weights(layer: keras.layers.Layer) -> list:
     """The weights of a layer without those of its `children`."""
     layer = getattr(layer, "composite_layer", layer)
-    return weights_of_attributes(layer) if children(layer) else layer.weights
+    weights = weights_of_attributes(layer) if children(layer) else layer.weights
+    return [weight for weight in weights if hasattr(weight, "shape")]  # a vocabulary of tf_keras has none

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from fliqs_tf import carriers, composite, trace
+from fliqs_tf import carriers, comparison, composite, copies, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.products import Product
@@ -114,14 +114,15 @@ def quantized_network(
       model, space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
     """
+    spaces = (space := Space(space), space if input_space is None else Space(input_space))
     layers = layers_to_quantize(model, embeddings, attention_scores)
     _warn_of_own_training(model)
+    _warn_of_names_of_keras(model)
     if attention_scores and tensors == "weights":
         raise ValueError(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
             "take tensors='together' or 'separate'."
         )
-    spaces = (Space(space), Space(space if input_space is None else input_space))
     plans = plan([path for path, _ in layers], trace.annotations(model), spaces, rules, granularity, tensors)
     _log_left_in_float(model, plans)
     return _copy(model, {key: plans[path].arguments() for path, key in layers if path in plans}, input_shape)
@@ -188,6 +189,7 @@ def apply(
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
     layers = layers_to_quantize(model, embeddings, attention_scores, named)
     _warn_of_own_training(model)
+    _warn_of_names_of_keras(model)
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
@@ -217,6 +219,21 @@ def _warn_of_own_training(model) -> None:
             "what it does into the loss, the metrics or a layer (add_loss).",
             type(model).__name__,
             " and a ".join(own),
+        )
+
+
+def _warn_of_names_of_keras(model) -> None:
+    """A copy has the functions themselves, a file their names."""
+    found = [
+        f"{path} ({', '.join(names)})"
+        for path, layer in trace.walk(model)
+        if (names := copies.mistakable_functions(layer).values())
+    ]
+    if found:
+        _LOG.warning(
+            "Functions of your own that bear names of Keras': %s. The model computes with them, but a file holds names "
+            "alone, for which Keras has its own functions: rename yours before you save the model.",
+            ", ".join(found),
         )
 
 
@@ -277,6 +294,12 @@ def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()
             f"Model {model.name!r} is quantized already; give the float model, or search what quantize_apply made with "
             f"fliqs_tf.SearchModel(model)."
         )
+    of_keras = [p for p, layer in trace.walk(model) if getattr(layer, "quantization_mode", None)]
+    if of_keras:
+        raise ValueError(
+            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it "
+            f"was before."
+        )
     tables = [(path, layer) for path, layer in trace.embeddings(model) if embeddings or path in named]
     among = {id(layer) for _, layer in (*trace.quantizable(model), *tables)}
     products = [(path, key) for path, key in trace.attention_products(model) if attention_scores or path in named]
@@ -297,6 +320,7 @@ def as_rules(rules) -> list[Rule]:
     """Rules as `fliqs_tf.wrap` takes them, as `Rule` objects."""
     if isinstance(rules, (str, Rule)):
         raise ValueError(f"rules must be a list of rules, got {rules!r}.")
+    rules = list(rules)
     for rule in rules:
         if not isinstance(rule, Rule) and not (isinstance(rule, (tuple, list)) and 1 <= len(rule) <= 3):
             raise ValueError(
@@ -403,20 +427,25 @@ def _copy(model: keras.Model, arguments: dict, input_shape=None) -> keras.Model:
     if trace.is_network(model):
         copy = composite.network_copy(model, arguments, {})
     else:
-        layer = composite.placed(composite.copy_in_float(model), model, arguments)
+        layer = composite.placed(copies.of_layer(model), model, arguments)
         # A graph knows what it leaves open; the shape of an example is for counting.
         copy = _network_of(layer, trace.input_specs(model, None if trace.is_graph(model) else input_shape))
-    originals, copies = _layers_of(model), _layers_of(copy)
-    copies = {path: layer for path, layer in copies.items() if path in originals or not trace.is_product(layer)}
-    if originals.keys() != copies.keys():
-        differ = sorted(originals.keys() ^ copies.keys())
+    originals, made = _layers_of(model), _layers_of(copy)
+    made = {path: layer for path, layer in made.items() if path in originals or not trace.is_product(layer)}
+    if originals.keys() != made.keys():
+        differ = sorted(originals.keys() ^ made.keys())
         raise ValueError(
             f"A copy of model {model.name!r} from its config is not made of the same layers; they differ in "
             f"{', '.join(differ)}. Let get_config return the arguments of __init__, and do not share a layer between "
             f"composite layers."
         )
     for path, layer in originals.items():
-        _copy_state(layer, copies[path])
+        _copy_state(layer, made[path])
+        copies.keep_trainable(layer, made[path])
+    copies.keep_trainable(model, copy)
+    for wrapper in copy._flatten_layers():
+        wrapper._trainable = trace.inside(wrapper).trainable
+    comparison.check(model, copy, input_shape)
     return copy
 
 
@@ -440,13 +469,14 @@ def _network_of(layer, specs) -> keras.Model:
 
 def _layers_of(model) -> dict:
     """{path: layer}, a model that is not a network under ""; without input layers, whose names are not copied."""
-    found = {path: layer for path, layer in trace.walk(model) if not isinstance(layer, keras.layers.InputLayer)}
+    found = trace.walk(model, networks=True)
+    found = {path: layer for path, layer in found if not isinstance(layer, keras.layers.InputLayer)}
     root = model if not trace.is_network(model) else trace.composite_root(model)
     return found if root is None else {"": root, **found}
 
 
 def _copy_state(layer, copy) -> None:
-    """Weights, ranges and what is frozen, without those of the layers that a composite layer holds."""
+    """Functions, weights and ranges, without those of the layers that a composite layer holds."""
     if isinstance(layer, (Quantized, Product)):
         for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):
             new.range.assign(old.range)
@@ -454,18 +484,6 @@ def _copy_state(layer, copy) -> None:
     if isinstance(layer, Product):
         copy.weight_quantizers[0].range.assign(layer.weight_quantizers[0].range)
         copy.weight_quantizers[0].clip = layer.weight_quantizers[0].clip
-        copy.trainable = layer.trainable
         return
-    source, target = (trace.inside(each) for each in (layer, copy))
-    if target.trainable != source.trainable:
-        target.trainable = source.trainable
-    old_weights, new_weights = trace.own_weights(source), trace.own_weights(target)
-    if [w.shape for w in old_weights] != [w.shape for w in new_weights]:
-        raise ValueError(
-            f"A copy of layer {source.name!r} of class {type(source).__name__} from its config has other weights. Let "
-            f"get_config return the arguments of __init__."
-        )
-    for old, new in zip(old_weights, new_weights):
-        new.assign(old)
-    if hasattr(target, "finalize_state"):  # a Normalization computes with what it derives from its weights
-        target.finalize_state()
+    copies.keep_functions(trace.inside(layer), trace.inside(copy))
+    copies.keep_weights(trace.inside(layer), trace.inside(copy))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import fliqs_tf
 from fliqs_tf import trace, wrapping
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.quantized import Quantized
@@ -165,6 +166,19 @@ def test_one_decision_for_the_model_but_for_what_rules_say():
         "alone": (("INT4", "INT8"), ["d"]),
         "model": (("INT4", "INT8"), ["e", "f"]),
     }
+
+
+def test_menus_and_rules_may_be_iterators():
+    rules = (rule for rule in [("^a$", (name for name in OTHER)), Rule("b", iter(["INT4", "BF16"]))])
+    assert decided(dense_chain("a", "b", "c"), iter(MENU), rules=rules) == {
+        "a": (("E2M1", "E4M3", "BF16"), ["a"]),
+        "b": (("INT4", "BF16"), ["b"]),
+        "c": (("INT4", "INT8"), ["c"]),
+    }
+    wrapped = fliqs_tf.wrap(
+        dense_chain("a", "b"), iter(MENU), (r for r in [("a", None)]), profile=None, target="onnx", tensors="weights"
+    )
+    assert [(d.name, d.options) for d in wrapped.decisions] == [("b", ("INT4", "INT8"))]
 
 
 def test_patterns_search_in_paths():
