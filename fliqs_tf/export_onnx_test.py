@@ -300,7 +300,9 @@ def test_merging_layers_align_examples(tmp_path):
 def test_a_sequential_network_of_any_batch(tmp_path):
     model = keras.Sequential([keras.Input((4,)), L.Dense(3, name="a"), L.Dropout(0.5), L.Dense(2, name="b")])
     model = fliqs_tf.apply(model, "INT4")
-    model(noise(9, 4), training=True)
+    # Not from data: multiples of the largest of few sums lie half-way between two codes too often.
+    for layer in (model.get_layer("a"), model.get_layer("b")):
+        layer.activation_quantizer.range.assign([1.7, 1.0])
     for batch in (1, 7):
         agree(model, tmp_path / "m.onnx", noise(batch, 4))
 

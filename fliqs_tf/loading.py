@@ -8,7 +8,7 @@ import reprlib
 import zipfile
 
 from fliqs_tf import loadable
-from fliqs_tf._keras import keras
+from fliqs_tf._keras import IS_KERAS_3, NAME, keras
 from fliqs_tf.files import MOST_BYTES, parse_json
 
 _PURE = ("__operators__", "math", "nn", "linalg")
@@ -108,6 +108,9 @@ def _check_object(node: dict, custom_objects: dict | None) -> None:
         known = loadable.has_function(module, name)
     else:
         known = loadable.has_class(module, name)
+    if not known and name == "Functional" and isinstance(module, str):
+        switch = "set TF_USE_LEGACY_KERAS=1" if IS_KERAS_3 else "unset TF_USE_LEGACY_KERAS"
+        raise ValueError(f"it was not saved under {NAME}, but under another Keras: {switch} before Python starts.")
     if not known:
         of_module = "" if module is None else f" of the module {reprlib.repr(module)}"
         raise ValueError(

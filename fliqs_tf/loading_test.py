@@ -179,6 +179,13 @@ class Mine(L.Layer):
         return 2 * x
 
 
+def test_a_file_of_the_other_keras_says_how_to_switch(saved):
+    other = "tf_keras.src.engine.functional" if IS_KERAS_3 else "keras.src.models.functional"
+    rewritten(saved, lambda config: {**config, "module": other})
+    with pytest.raises(ValueError, match=r"it was not saved under (tf_k|K)eras .*TF_USE_LEGACY_KERAS.* before Python"):
+        loading.load_model(saved)
+
+
 def test_layers_of_the_users_own_load_when_the_user_says_so(tmp_path):
     inputs = keras.Input((3,))
     keras.Model(inputs, Mine()(inputs)).save(tmp_path / "m.keras")
