@@ -143,9 +143,9 @@ class Quantized(keras.layers.Wrapper):
         }
 
 
-def quantized_activation(quantizer: ActivationQuantizer, x, training: bool) -> tf.Tensor:
+def quantized_activation(quantizer: ActivationQuantizer, x, training: bool, trainable=None) -> tf.Tensor:
     """An activation of any float dtype, quantized in float32."""
-    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype)
+    return tf.cast(quantizer.call(tf.cast(x, tf.float32), training=training, trainable=trainable), x.dtype)
 
 
 def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:
