@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 
 import tensorflow as tf
 
 from fliqs_tf import replicas, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 
+_LOG = logging.getLogger("fliqs_tf")
 # With SyncBatchNormalization of tf_keras, which is no subclass of the other.
 _CLASS = next(cls for cls in reversed(keras.layers.BatchNormalization.__mro__) if "BatchNorm" in cls.__name__)
 
@@ -38,6 +40,21 @@ def check(model: keras.Model) -> None:
                     f"Layer {path!r} has {option}={getattr(layer, option)!r}, which its get_config does not write, or "
                     f"not so that it can be read: no copy of the model has it. Make the layer without {option}."
                 )
+
+
+def warn_of_closed(model: keras.Model) -> None:
+    """Names layers that run their parts in loops of their own (TimeDistributed), with batch normalization among these:
+    readings and estimation do not get at it."""
+    reached = {id(layer) for layer in batch_norms(model)}
+    for path, layer in trace.walk(model):
+        inside = [part for part in layer._flatten_layers() if isinstance(part, _CLASS) and id(part) not in reached]
+        if not trace.children(layer) and layer not in inside and any(part.trainable for part in inside):
+            _LOG.warning(
+                "The batch normalization inside of %r (%s) normalizes with its moving averages in readings of quality, "
+                "and they stay as training leaves them, those of all the formats that it computed with.",
+                path,
+                type(layer).__name__,
+            )
 
 
 @contextlib.contextmanager

@@ -362,3 +362,18 @@ def test_what_no_copy_has_is_refused():
     adjusted = L.BatchNormalization(name="adjusted", adjustment=lambda shape: (1.0, 0.0))
     with pytest.raises(ValueError, match="Layer 'adjusted' has adjustment="):
         fliqs_tf.wrap(keras.Sequential([keras.Input((4,)), L.Dense(3), adjusted]), "FLIQS-S-INT")
+
+
+def test_masks_reach_it_behind_quantized_layers():
+    check_as_keras(fliqs_tf.apply(masked(), "FP32"), TOKENS)
+
+
+def test_what_cannot_be_reached_is_named(caplog):
+    inputs = keras.Input((3, 4))
+    x = L.TimeDistributed(L.BatchNormalization(), name="per_step")(L.Dense(4, name="dense")(inputs))
+    model = keras.Model(inputs, L.BatchNormalization()(x))
+    qmodel = fliqs_tf.wrap(model, "FLIQS-S-INT")
+    assert [r.getMessage()[:56] for r in caplog.records] == ["The batch normalization inside of 'per_step' (TimeDistri"]
+    inner = qmodel.network.get_layer("per_step").layer
+    assert reestimate(qmodel.network, [data((3, 4))]) == 1
+    np.testing.assert_array_equal(inner.moving_mean, np.zeros(4))

@@ -141,20 +141,30 @@ class ActivationQuantizer(Quantizer):
             leader._followers.append(self.range.assign)
             self.__dict__["_follows"] = True
 
+    @property
+    def follows(self) -> bool:
+        """True if it takes the range of another quantizer."""
+        return self._follows
+
     def call(self, x, training=False, trainable=None):
         """`trainable` is that of a layer around it that Keras does not know to be around it; None: its own."""
-        seen = tf.convert_to_tensor(self.range)
         if (training or _in_step.get()) and not self._follows:
-            largest = replicas.maximum(rounding.absolute_max(x))
-            moved, amax = _moved_range(largest, seen, self.momentum)
-            if not (self.trainable if trainable is None else trainable):
-                is_open = seen[1] < SETTLED
-                moved, amax = tf.where(is_open, moved, seen), tf.where(is_open, amax, seen[0])
-            for assign in (self.range.assign, *self._followers):
-                assign(moved)
+            largest, amax = self.observe(x, self.trainable if trainable is None else trainable)
             amax = amax * self.clip
             return rounding.quantize(x, amax, self.format_row(), saturates=largest > amax)
-        return rounding.quantize(x, _amax(x, seen) * self.clip, self.format_row())
+        return rounding.quantize(x, _amax(x, tf.convert_to_tensor(self.range)) * self.clip, self.format_row())
+
+    def observe(self, x, trainable: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
+        """Moves the range, and those that follow it, by one batch; gives its largest magnitude and the amax by now."""
+        seen = tf.convert_to_tensor(self.range)
+        largest = replicas.maximum(rounding.absolute_max(x))
+        moved, amax = _moved_range(largest, seen, self.momentum)
+        if not trainable:
+            is_open = seen[1] < SETTLED
+            moved, amax = tf.where(is_open, moved, seen), tf.where(is_open, amax, seen[0])
+        for assign in (self.range.assign, *self._followers):
+            assign(moved)
+        return largest, amax
 
     def compute_output_shape(self, shape):
         return shape

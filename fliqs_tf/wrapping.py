@@ -116,6 +116,7 @@ def quantized_network(
     """
     layers = layers_to_quantize(model, embeddings, attention_scores)
     _warn_of_own_training(model)
+    normalization.warn_of_closed(model)
     if attention_scores and tensors == "weights":
         raise ValueError(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
