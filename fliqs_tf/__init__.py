@@ -1,6 +1,6 @@
 """FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
 
-from fliqs_tf import costs, export, loading, rewards, schedules
+from fliqs_tf import costs, export, loading, ranges, rewards, schedules
 from fliqs_tf.callbacks import Preempted, SearchCheckpoint, SearchLog
 from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
@@ -33,6 +33,7 @@ __all__ = [
     "export",
     "fake_quant",
     "loading",
+    "ranges",
     "rewards",
     "schedules",
     "wrap",

@@ -10,12 +10,9 @@ Where a value goes straight into one quantized layer there is none: the kernel b
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 
-import tensorflow as tf
-
-from fliqs_tf import comparison, copies, topology, trace
+from fliqs_tf import comparison, copies, ranges, topology, trace
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.quantizers import ActivationQuantizer
@@ -23,7 +20,7 @@ from fliqs_tf.space import Space
 
 _LAYERS = keras.layers
 FORMAT = "INT8"
-SUFFIX = "_carrier"
+SUFFIX = ranges.SUFFIX
 
 # What is not there at inference.
 IDENTITIES = tuple(
@@ -173,6 +170,27 @@ def _is_integer(layer, how) -> bool:
 # ---- putting them in
 
 
+class _Linked:
+    """A network with carriers. Made from its configuration, by loading for instance, it has its shared ranges again."""
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = super().from_config(config, custom_objects=custom_objects)
+        if getattr(model, "inputs", None):
+            link(model)
+        return model
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class CarrierModel(_Linked, keras.Model):
+    """A Functional model with carriers."""
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class CarrierSequential(_Linked, keras.Sequential):
+    """A Sequential model with carriers."""
+
+
 def with_carriers(model: keras.Model) -> keras.Model:
     """A copy of a quantized network with carriers, and its weights.
 
@@ -244,9 +262,10 @@ def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset())
     if clash:
         raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
     config = _edited(model.get_config(), "", added, removed)
+    carried = has_carriers(model) or any(isinstance(n, ActivationQuantizer) for news in added.values() for n in news)
+    kinds = (CarrierModel, CarrierSequential) if carried else (keras.Model, keras.Sequential)
     with copies.scope(model):
-        is_sequential = isinstance(model, keras.Sequential)
-        copy = (keras.Sequential if is_sequential else keras.Model).from_config(config)
+        copy = kinds[isinstance(model, keras.Sequential)].from_config(config)
     if not copy.built:
         copy.build((None, *model.inputs[0].shape[1:]))
     made = dict(trace.walk(copy))
@@ -255,6 +274,8 @@ def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset())
             copies.keep_functions(trace.inside(layer), trace.inside(made[path]))
             if layer.weights:
                 made[path].set_weights(layer.get_weights())
+    if carried:
+        link(copy)
     return copy
 
 
@@ -351,7 +372,7 @@ def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQ
 def link(model: keras.Model) -> None:
     """Makes input quantizers take the range of the carrier that they read, during training too.
 
-    Two ranges for the same codes would cost a rounding between them.
+    Two ranges for the same codes would cost a rounding between them. Linking again changes nothing.
     """
     for carrier, quantizer in followers(model):
         quantizer.follow(carrier)
@@ -371,51 +392,11 @@ def calibrate(model: keras.Model, representative: Iterable | None) -> None:
         if carrier.range[1] == 0 and quantizer.range[1] > 0:
             carrier.range.assign(quantizer.range)
     link(model)
-    missing = unseen(model)
+    missing = list(ranges.unseen(model))
     if missing and representative is None:
         raise ValueError(
-            f"{len(missing)} int8 tensors have no range: {', '.join(list(missing)[:6])}{', ...' * (len(missing) > 6)}. "
+            f"{len(missing)} int8 tensors have no range: {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}. "
             f"Give representative=batches of model inputs, or train with fliqs_tf.wrap(..., target='tflite')."
         )
-    if missing:
-        with _observing(list(missing.values())):
-            for x in representative:
-                model(x, training=False)
-        if any(quantizer.range[1] == 0 for quantizer in missing.values()):
-            raise ValueError("representative holds no batch.")
-
-
-def unseen(model: keras.Model) -> dict[str, ActivationQuantizer]:
-    """Where it is -> quantizer, of those whose range no data has set."""
-    return {
-        place: quantizer
-        for path, layer in trace.walk(model)
-        for place, quantizer in _quantizers(path, layer)
-        if quantizer.range[1] == 0
-    }
-
-
-def _quantizers(path, layer):
-    if isinstance(layer, ActivationQuantizer):
-        yield f"the one behind {path.removesuffix(SUFFIX)!r}", layer
-    elif isinstance(layer, Quantized):
-        for place, quantizer in zip(("the input of", "the one inside"), layer.activation_quantizers):
-            if quantizer.space.formats[0].is_scaled:
-                yield f"{place} {path!r}", quantizer
-
-
-@contextlib.contextmanager
-def _observing(quantizers):
-    """Within it they learn their ranges, and change nothing."""
-
-    def observer(quantizer):
-        call = quantizer.call
-
-        def observe(x, training=None):
-            call(tf.cast(x, tf.float32), training=True)
-            return x
-
-        return observe
-
-    with trace.overridden_calls({q: observer(q) for q in quantizers}):
-        yield
+    if missing and not ranges.calibrate(model, representative):
+        raise ValueError("representative holds no batch.")

@@ -18,6 +18,11 @@ from fliqs_tf.products import Product
 from fliqs_tf.quantized import Quantized
 from fliqs_tf.recipe import Recipe, add_float_inputs
 
+HOW_TO_CALIBRATE = (
+    "train the model, or give fliqs_tf.apply calibration_data=batches of inputs (layers that are called with "
+    "training=False need them in any case); fliqs_tf.ranges.calibrate(model, batches) does it for a model that is there"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
@@ -171,5 +176,5 @@ def input_scale(quantizer) -> np.ndarray | None:
         return None
     amax, seen = np.asarray(quantizer.range, np.float32)
     if not seen > 0:
-        raise ValueError("its input range has seen no data: train the model first")
+        raise ValueError(f"its input range has seen no data: {HOW_TO_CALIBRATE}")
     return scale_of(amax * np.float32(quantizer.clip), fmt)

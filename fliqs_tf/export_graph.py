@@ -140,7 +140,9 @@ def grid_of(quantizer: ActivationQuantizer, path: str) -> Grid:
     (fmt,) = _fixed(quantizer, path)
     amax, seen = np.float32(quantizer.range[0]), float(quantizer.range[1])
     if fmt.is_scaled and not seen:
-        raise ValueError(f"The input of layer {path!r} has no range yet: train the model, or give representative data.")
+        raise ValueError(
+            f"The input of layer {path!r} has no range yet: give representative=batches of inputs, or train."
+        )
     return Grid(fmt, amax * np.float32(quantizer.clip))
 
 

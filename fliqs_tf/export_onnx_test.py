@@ -333,7 +333,7 @@ def test_formats_without_a_type_name_the_layer_and_what_takes_it(tmp_path):
 
 def test_a_range_that_saw_nothing_is_refused(tmp_path):
     model, _ = quantized_dense("INT4", "INT8")
-    refused(tmp_path, model, "Layer 'fc' cannot be written: its input range has seen no data: train the model first")
+    refused(tmp_path, model, "Layer 'fc' cannot be written: its input range has seen no data: train the model, or give")
 
 
 @pytest.mark.parametrize(

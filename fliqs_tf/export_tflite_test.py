@@ -370,6 +370,42 @@ def test_readers_of_a_carrier_share_its_range():
         np.testing.assert_array_equal(carrier.range, reader.range)
 
 
+def test_also_in_what_is_made_of_it(tmp_path):
+    """Copies, what is loaded, and what is around one."""
+    trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite", calibration_data=[examples(8, *IMAGE)])
+    trained.save(tmp_path / "trained.keras")
+    around = keras.Sequential([L.Input(IMAGE), trained])
+    around.save(tmp_path / "around.keras")
+    qmodel = fliqs_tf.wrap(network("residual"), "FLIQS-S-INT", target="tflite")
+    qmodel.save(tmp_path / "qmodel.keras")
+    models = [
+        keras.models.load_model(tmp_path / "trained.keras"),
+        fliqs_tf.loading.load_model(tmp_path / "trained.keras"),
+        keras.models.load_model(tmp_path / "around.keras"),
+        keras.models.load_model(tmp_path / "qmodel.keras").network,
+        qmodel.deploy(),
+        export_tflite.as_shipped(trained),
+    ]
+    for model in models:
+        model(3 * examples(8, *IMAGE, seed=1), training=True)
+        model(9 * examples(8, *IMAGE, seed=2), training=True)
+        ((carrier, reader),) = carriers.followers(model)
+        assert carrier.range[0] > 0
+        np.testing.assert_array_equal(carrier.range, reader.range)
+        assert len(carrier._followers) == 1
+
+
+def test_sequential_models_around_a_network_too(tmp_path):
+    model = keras.Sequential([L.Input(IMAGE), network("residual")])
+    fliqs_tf.apply(model, "INT8", target="tflite").save(tmp_path / "fixed.keras")
+    loaded = keras.models.load_model(tmp_path / "fixed.keras")
+    assert isinstance(loaded, keras.Sequential)
+    loaded(examples(8, *IMAGE), training=True)
+    ((carrier, reader),) = carriers.followers(loaded)
+    assert carrier.range[0] > 0
+    np.testing.assert_array_equal(carrier.range, reader.range)
+
+
 # ---- what cannot be exported
 
 

@@ -168,18 +168,20 @@ class Quantized(keras.layers.Wrapper):
         return made
 
 
-def quantized_activation(quantizer: ActivationQuantizer, x, training: bool, integers="float32") -> tf.Tensor:
+def quantized_activation(
+    quantizer: ActivationQuantizer, x, training: bool, trainable=None, integers="float32"
+) -> tf.Tensor:
     """An activation quantized in float32.
 
     Args:
       quantizer: What quantizes it.
       x: Of any dtype, which the result has too if it is a float one.
       training: Whether the range of the quantizer moves.
+      trainable: See `ActivationQuantizer.call`.
       integers: dtype of the result if x holds integers, between which the values of most formats lie.
     """
-    return tf.cast(
-        quantizer.call(tf.cast(x, tf.float32), training=training), x.dtype if x.dtype.is_floating else integers
-    )
+    quantized = quantizer.call(tf.cast(x, tf.float32), training=training, trainable=trainable)
+    return tf.cast(quantized, x.dtype if x.dtype.is_floating else integers)
 
 
 def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:

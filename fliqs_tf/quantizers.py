@@ -6,6 +6,9 @@ search assigns. Either way the same kernel runs, so a format gives the same bits
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+
 import numpy as np
 import tensorflow as tf
 
@@ -14,6 +17,23 @@ from fliqs_tf._keras import add_state, keras
 from fliqs_tf.space import Space
 
 RANGE_MOMENTUM = 0.99
+# Of the weight that an average over many batches has: from there on (69 batches) a frozen quantizer keeps its range.
+SETTLED = 0.5
+_in_step = contextvars.ContextVar("in_step", default=False)
+
+
+@contextlib.contextmanager
+def training_step():
+    """Within it, while a training step is traced, ranges follow the data also where `training` is False.
+
+    A network inside another may be called so, for its batch normalization to keep what it has learned. Ranges that the
+    data never sets would leave the outputs of such a network to the batch at work.
+    """
+    token = _in_step.set(True)
+    try:
+        yield
+    finally:
+        _in_step.reset(token)
 
 
 class Quantizer(keras.layers.Layer):
@@ -84,8 +104,13 @@ class WeightQuantizer(Quantizer):
 class ActivationQuantizer(Quantizer):
     """Quantizes an activation with one scale per tensor, amax from a moving average of the batches' amax.
 
-    The average is zero-debiased: `range` holds the average and the decayed sum of weights. It moves in training only.
-    Before any training, amax is the batch's own. Under a distribution strategy the batch is that of all replicas.
+    The average is zero-debiased: `range` holds the average and the decayed sum of weights. It moves in training only:
+    where `training` is True, and everywhere in a step of a `SearchModel`. A quantizer that is frozen (`trainable` is
+    False, or that of the layer around it) keeps a range that has settled, `SETTLED`; a younger one follows the data
+    until then. Where layers before a frozen one go on learning, freeze what is inside, `layer.quantized_layer`.
+
+    Before any training, amax is the batch's own; `fliqs_tf.ranges.calibrate` sets it without training. Under a
+    distribution strategy the batch is that of all replicas.
 
     Args:
       formats: The menu, anything that `Space` takes. All formats share the range.
@@ -112,19 +137,34 @@ class ActivationQuantizer(Quantizer):
         """Takes the range of a quantizer that rounds the same values before this one does, now and in training."""
         if leader.range[1] > 0:
             self.range.assign(leader.range)
-        leader._followers.append(self.range.assign)
-        self.__dict__["_follows"] = True
+        if not self._follows:
+            leader._followers.append(self.range.assign)
+            self.__dict__["_follows"] = True
 
-    def call(self, x, training=False):
-        seen = tf.convert_to_tensor(self.range)
-        if training and self.trainable and not self._follows:
-            largest = replicas.maximum(rounding.absolute_max(x))
-            moved, amax = _moved_range(largest, seen, self.momentum)
-            for assign in (self.range.assign, *self._followers):
-                assign(moved)
+    @property
+    def follows(self) -> bool:
+        """True if it takes the range of another quantizer."""
+        return self._follows
+
+    def call(self, x, training=False, trainable=None):
+        """`trainable` is that of a layer around it that Keras does not know to be around it; None: its own."""
+        if (training or _in_step.get()) and not self._follows:
+            largest, amax = self.observe(x, self.trainable if trainable is None else trainable)
             amax = amax * self.clip
             return rounding.quantize(x, amax, self.format_row(), saturates=largest > amax)
-        return rounding.quantize(x, _amax(x, seen) * self.clip, self.format_row())
+        return rounding.quantize(x, _amax(x, tf.convert_to_tensor(self.range)) * self.clip, self.format_row())
+
+    def observe(self, x, trainable: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
+        """Moves the range, and those that follow it, by one batch; gives its largest magnitude and the amax by now."""
+        seen = tf.convert_to_tensor(self.range)
+        largest = replicas.maximum(rounding.absolute_max(x))
+        moved, amax = _moved_range(largest, seen, self.momentum)
+        if not trainable:
+            is_open = seen[1] < SETTLED
+            moved, amax = tf.where(is_open, moved, seen), tf.where(is_open, amax, seen[0])
+        for assign in (self.range.assign, *self._followers):
+            assign(moved)
+        return largest, amax
 
     def compute_output_shape(self, shape):
         return shape

@@ -152,7 +152,7 @@ def test_a_batch_of_zeros_is_a_batch():
     assert range_of(quantizer) == pytest.approx(4)
 
 
-def test_a_frozen_quantizer_keeps_its_range():
+def test_a_frozen_quantizer_keeps_a_range_that_has_settled():
     quantizer = ActivationQuantizer(["INT4"], momentum=0.5)
     steps(quantizer, 4.0)
     quantizer.trainable = False

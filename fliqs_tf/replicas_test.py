@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import checkpoints, replicas
+from fliqs_tf import checkpoints, normalization, replicas
 from fliqs_tf._keras import IS_KERAS_3, check_strategy, keras
 
 RNG = np.random.default_rng(0)
@@ -232,6 +232,18 @@ def test_pooled_policy_gradient_is_that_of_all_samples(strategy):
     logits = tf.convert_to_tensor(two.logits)
     assert np.ptp(logits) > 0.01
     np.testing.assert_allclose(logits, tf.convert_to_tensor(one.logits), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"synchronized": True}], ids=str)
+def test_averages_are_those_of_all_replicas_by_hand(strategy, options):
+    """Of -1 and 3 here, 1 there, and then 5 and 7: mean 3, variance (16 + 0 + 4 + 4 + 16) / 5."""
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Input((1,)), keras.layers.BatchNormalization(**options)])
+        model.compile()
+    batches = [np.array(batch, np.float32)[:, None] for batch in ([-1, 1, 3], [5, 7])]
+    assert normalization.reestimate(model, batches) == 2
+    mean, variance = model.get_weights()[2:]
+    assert (float(mean[0]), float(variance[0])) == pytest.approx((3, 8))
 
 
 def test_what_replicas_tell_each_other(strategy):

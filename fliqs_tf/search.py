@@ -27,6 +27,7 @@ from fliqs_tf import (
     export_tflite,
     fitting,
     normalization,
+    ranges,
     replicas,
     rewards,
     wrapping,
@@ -36,6 +37,7 @@ from fliqs_tf.controller import Controller
 from fliqs_tf.formats import Format
 from fliqs_tf.profile import Profile
 from fliqs_tf.quality import quality_function
+from fliqs_tf.quantizers import training_step
 from fliqs_tf.recipe import Recipe
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -321,7 +323,8 @@ class SearchModel(keras.Model):
     def train_step(self, data):
         sample = self._draw(1)[0]
         self._assign(sample)
-        logs = super().train_step(data)
+        with training_step():
+            logs = super().train_step(data)
         quality, loss = self._quality_of_batch()
         step = tf.convert_to_tensor(self.controller.step)
         first_bad = (self.bad_step < 0) & ~tf.math.is_finite(loss)
@@ -394,7 +397,7 @@ class SearchModel(keras.Model):
         states = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(tf.convert_to_tensor(v)) for v in states]
         with normalization.batch_statistics(self.network):
-            y_pred = self(x, training=False)
+            y_pred = self(x, training=True)
         self.compute_loss(x, y, y_pred, sample_weight)
         quality, _ = self._quality_of_batch()
         for variable, value in zip(states, before):  # tf_keras counts the loss as it computes it
@@ -493,7 +496,7 @@ class SearchModel(keras.Model):
         used = fitting.estimate(model, calibration_data)
         if other and not used and normalization.batch_norms(model):
             _LOG.warning("The moving averages of batch normalization belong to other formats: give calibration_data.")
-        if carriers.has_carriers(model) and not carriers.unseen(model):
+        if carriers.has_carriers(model) and not ranges.unseen(model):
             return export_tflite.as_shipped(model)
         return model
 

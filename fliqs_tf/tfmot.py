@@ -86,8 +86,7 @@ class FliqsQuantizer(tfmot.quantizers.Quantizer):
         quantizer = weights["quantizer"]
         if isinstance(quantizer, WeightQuantizer):
             return quantizer.call(float_value(inputs))
-        # The range of a frozen layer stays.
-        return quantized_activation(quantizer, inputs, training and weights["owner"].trainable)
+        return quantized_activation(quantizer, inputs, bool(training), weights["owner"].trainable)
 
     def get_config(self) -> dict:
         return {"formats": list(self.space.names), "channel_axes": self.channel_axes and list(self.channel_axes)}

@@ -338,13 +338,17 @@ def _shape(tensor):
 @contextlib.contextmanager
 def overridden_calls(overrides: dict):
     """Within it, each layer that is a key runs its value in place of its `call`."""
+    own = {layer: vars(layer)["call"] for layer in overrides if "call" in vars(layer)}  # as a composite layer has
     for layer, call in overrides.items():
         object.__setattr__(layer, "call", call)
     try:
         yield
     finally:
         for layer in overrides:
-            object.__delattr__(layer, "call")
+            if layer in own:
+                object.__setattr__(layer, "call", own[layer])
+            else:
+                object.__delattr__(layer, "call")
 
 
 def input_specs(model: keras.Model, input_shape=None):

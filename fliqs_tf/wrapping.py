@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from fliqs_tf import carriers, comparison, composite, copies, trace
+from fliqs_tf import carriers, comparison, composite, copies, normalization, ranges, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.products import Product
@@ -118,6 +118,7 @@ def quantized_network(
     layers = layers_to_quantize(model, embeddings, attention_scores)
     _warn_of_own_training(model)
     _warn_of_names_of_keras(model)
+    normalization.warn_of_closed(model)
     if attention_scores and tensors == "weights":
         raise ValueError(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
@@ -167,6 +168,7 @@ def apply(
     input_shape=None,
     embeddings: bool = False,
     attention_scores: bool = False,
+    calibration_data=None,
 ) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 
@@ -179,12 +181,16 @@ def apply(
       input_shape: See `fliqs_tf.wrap`.
       embeddings, attention_scores: With one format for every layer: for the tables of embeddings and the products of
         attention too. A recipe says it itself.
+      calibration_data: Batches of x or (x, y), of which the first ones set the ranges of activations. Training sets
+        them too, but not in layers that are called with `training=False`. Without either a quantized activation has the
+        range of its batch, and what the model makes of an example depends on the others.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
 
     Raises:
-      ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize.
+      ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize;
+        calibration_data is an array or has no batch.
     """
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
     layers = layers_to_quantize(model, embeddings, attention_scores, named)
@@ -202,10 +208,12 @@ def apply(
             menus = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
             arguments[key] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
     copy = _copy(model, arguments, input_shape)
-    if not is_for_tflite(target):
-        return copy
-    copy = carriers.with_carriers(copy)
-    carriers.link(copy)
+    if is_for_tflite(target):
+        copy = carriers.with_carriers(copy)
+    if calibration_data is not None:
+        used = ranges.calibrate(copy, ranges.first_inputs(calibration_data))
+        if not used and ranges.unseen(copy):
+            raise ValueError("calibration_data holds no batch.")
     return copy
 
 
@@ -284,6 +292,7 @@ def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()
       named: Paths of embeddings and products that are.
     """
     check_model(model)
+    normalization.check(model)
     if not model.built or (trace.is_graph(model) and not getattr(model, "inputs", None)):
         raise ValueError(
             f"Model {model.name!r} is not built: give it an Input layer, call it on a batch, or call "
@@ -445,6 +454,8 @@ def _copy(model: keras.Model, arguments: dict, input_shape=None) -> keras.Model:
     copies.keep_trainable(model, copy)
     for wrapper in copy._flatten_layers():
         wrapper._trainable = trace.inside(wrapper).trainable
+    if carriers.has_carriers(copy):
+        carriers.link(copy)
     comparison.check(model, copy, input_shape)
     return copy
 
