@@ -185,7 +185,7 @@ def _quantizers(model) -> list[Quantizer]:
     return list(dict.fromkeys([*held, *(q for q in model._flatten_layers() if isinstance(q, Quantizer))]))
 
 
-def _identity(x, training=None):
+def _identity(x, **_):
     return x
 
 

@@ -35,6 +35,8 @@ _MEAN_SD = 10.0
 _RESIDUAL = 0.3
 # Single readings: momentum of the running mean that stands for the level.
 _LEVEL_MOMENTUM = 0.9
+# Features of samples that are alike differ by rounding alone: such readings tell nothing apart.
+_ALIKE = 1e-4
 # Readings further off than 3 running deviations are weighted down (a batch that blew up is no Gaussian noise).
 _OUTLIER = 9.0
 
@@ -143,6 +145,7 @@ def observe(state: State, samples: tf.Tensor, quality: tf.Tensor, prior: Prior) 
     else:
         usable = tf.logical_and(finite, state.updates > 0)
         centred_x = x - tf.math.divide_no_nan(state.features, seen)
+        centred_x = tf.where(tf.abs(centred_x) < _ALIKE, 0.0, centred_x)
         centred_y = quality - tf.math.divide_no_nan(state.level, seen)
     degrees = tf.cast(max(readings - 1, 1), tf.float32)
     missed = centred_y - tf.reduce_sum(centred_x * tf.reshape(state.effects, [size]), axis=2)
@@ -250,7 +253,8 @@ def solve(state: State, prior: Prior, iterations: int = 6) -> State:
     # Degrees of freedom used up; the diagonal approximation may count one twice, hence the bound.
     used = tf.minimum(tf.reduce_sum(1.0 - preconditioner), 0.5 * state.count)
     new_noise = tf.math.divide_no_nan(tf.maximum(error, 0.0) + noise * used, state.count)
-    learned = state.count > 0
+    # Samples that were all alike say nothing of the effects.
+    learned = (state.count > 0) & (tf.reduce_sum(state.information) > 0)
     return state._replace(
         z=tf.where(learned, z * tf.sqrt(scale / (new_scale + 1e-30)), z),
         scale=tf.where(learned, new_scale, 0.0),
@@ -266,9 +270,9 @@ def solve_exactly(state: State, prior: Prior) -> np.ndarray:
       state: NumPy arrays.
 
     Returns:
-      float64 [D, N]. Before the first reading: minus the profile.
+      float64 [D, N]. Before the first reading that tells options apart: minus the profile.
     """
-    if not state.count > 0:
+    if not (state.count > 0 and state.scale > 0):
         return -prior.profile.astype(np.float64)
     state = State(*(np.asarray(x, np.float64) for x in state))
     scale, noise = (

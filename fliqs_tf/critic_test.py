@@ -153,6 +153,17 @@ def test_constant_quality_has_no_effects():
     assert np.abs(state.effects).max() == 0 and all(np.isfinite(x).all() for x in state)
 
 
+def test_samples_that_are_all_alike_teach_nothing():
+    prior, update = updater(True)
+    state = critic.State(*[tf.zeros(s) for s in critic.state_shapes(*MASK.shape)])
+    for i in range(12):  # running means of one sample differ from it by rounding
+        state = update(state, tf.constant([[2, 1, 2]]), tf.constant([np.sin(i)], tf.float32))
+    assert float(state.scale) == 0
+    np.testing.assert_array_equal(state.effects, np.zeros((3, 3)))
+    exact = critic.solve_exactly(critic.State(*[x.numpy() for x in state]), prior)
+    np.testing.assert_array_equal(exact, -prior.profile.astype(np.float64))
+
+
 def test_padding_has_no_effect():
     state, _ = learn(50, noise=0.1, noise_power=NOISE_POWER * MASK)
     assert np.all(np.array(state.effects)[~MASK] == 0)

@@ -7,7 +7,6 @@ becomes of an example depends on the others.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 
 import tensorflow as tf
@@ -70,20 +69,6 @@ def calibrate(model: keras.Model, batches: Iterable, *, only_unseen: bool = True
             model(tf.nest.map_structure(tf.convert_to_tensor, x), training=False)
             used += 1
     return used
-
-
-def first_inputs(data) -> Iterator:
-    """Model inputs of the first `BATCHES` batches of x or (x, y).
-
-    Raises:
-      ValueError: An array, which is no batches.
-    """
-    if hasattr(data, "shape"):
-        raise ValueError(
-            f"calibration_data must be batches of inputs, got an array of shape {tuple(data.shape)}: of an array x "
-            f"give [x[:256]], for example."
-        )
-    return (x[0] if isinstance(x, tuple) else x for x in itertools.islice(data, BATCHES))
 
 
 def _open_quantizers(model) -> list[Quantizer]:

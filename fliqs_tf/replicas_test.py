@@ -20,6 +20,9 @@ IMAGES = RNG.normal(size=(64, 6, 6, 1)).astype(np.float32)
 LABELS = (IMAGES[:, :3].sum(axis=(1, 2, 3)) > IMAGES[:, 3:].sum(axis=(1, 2, 3))).astype(np.int64)
 # Compiling the controller takes longer than running it for these few steps.
 PLAIN = {"jit_compile": False, "delay": 0.0, "settle": 0.0, "gentle": False}
+# At the end of the schedule effects count 10^4 fold, and only the target cost keeps one decision open: a float32 price
+# sets its odds to 1 %. Sums in another order then show, on one processor more than on another.
+ODDS = 5e-3
 QUALITY = (IMAGES[48:], LABELS[48:])
 
 
@@ -99,8 +102,7 @@ def test_two_replicas_with_half_the_batch_end_as_one_with_all_of_it(strategy, he
     one, alone = searched(tf.distribute.get_strategy(), held_out, controller=controller)
     assert len(steps) == len(alone) == 6
     for (logits, *step), ((expected_logits,), *expected) in zip(steps, alone):
-        # The closed form of the critic's policy is found by a search with a grid: to three digits.
-        np.testing.assert_allclose(tf.nn.softmax(logits[0]), tf.nn.softmax(expected_logits), atol=2e-3)
+        np.testing.assert_allclose(tf.nn.softmax(logits[0]), tf.nn.softmax(expected_logits), atol=ODDS)
         for (first, second), (whole,) in zip([logits, *step], [[logits[0]], *expected]):
             np.testing.assert_array_equal(first, second)
             # Sums in another order. One rounding that falls the other way would show as 1e-2.
@@ -170,7 +172,7 @@ def test_two_processes_end_as_one(tmp_path):
     assert first["step"] == 7 and len(first["saved"]) == 27
     np.testing.assert_array_equal(first["restored"], first["saved"])
     for logits, (expected, *_) in zip(first["logits"], steps, strict=True):
-        np.testing.assert_allclose(tf.nn.softmax(logits), tf.nn.softmax(expected[0]), atol=2e-3)
+        np.testing.assert_allclose(tf.nn.softmax(logits), tf.nn.softmax(expected[0]), atol=ODDS)
     np.testing.assert_allclose(first["weights"], weights(one), rtol=1e-4, atol=1e-5)
     logs = one.history.history
     np.testing.assert_allclose(first["loss"], logs["loss"], rtol=1e-4)

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from fliqs_tf import carriers, comparison, composite, copies, normalization, ranges, trace
+from fliqs_tf import batches, carriers, comparison, composite, copies, normalization, ranges, trace
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.formats import Format
 from fliqs_tf.products import Product
@@ -181,16 +181,16 @@ def apply(
       input_shape: See `fliqs_tf.wrap`.
       embeddings, attention_scores: With one format for every layer: for the tables of embeddings and the products of
         attention too. A recipe says it itself.
-      calibration_data: Batches of x or (x, y), of which the first ones set the ranges of activations. Training sets
-        them too, but not in layers that are called with `training=False`. Without either a quantized activation has the
-        range of its batch, and what the model makes of an example depends on the others.
+      calibration_data: Examples, in any form that `fit` takes them in; some batches set the ranges of activations.
+        Training sets them too, but not in layers that are called with `training=False`. Without either a quantized
+        activation has the range of its batch, and what the model makes of an example depends on the others.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
 
     Raises:
       ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize;
-        calibration_data is an array or has no batch.
+        calibration_data does not fit the model.
     """
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
     layers = layers_to_quantize(model, embeddings, attention_scores, named)
@@ -211,9 +211,8 @@ def apply(
     if is_for_tflite(target):
         copy = carriers.with_carriers(copy)
     if calibration_data is not None:
-        used = ranges.calibrate(copy, ranges.first_inputs(calibration_data))
-        if not used and ranges.unseen(copy):
-            raise ValueError("calibration_data holds no batch.")
+        source = batches.read(calibration_data, copy, "calibration_data")
+        ranges.calibrate(copy, (batch.x for batch in source.some(ranges.BATCHES, 32)))
     return copy
 
 
