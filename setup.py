@@ -3,7 +3,8 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fliqs_tf/__init__.py").read_text())[1]
@@ -35,6 +36,14 @@ TESTS = [
     *HUB,
 ]
 
+
+class WithoutTests(build_py):
+    """Tests stand beside the code; what is installed has none."""
+
+    def find_package_modules(self, package, package_dir):
+        return [m for m in super().find_package_modules(package, package_dir) if not m[1].endswith("_test")]
+
+
 setup(
     name="fliqs-tf",
     version=VERSION,
@@ -43,8 +52,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["fliqs_tf"],
-    package_data={"fliqs_tf": ["profiles/*.json"]},
+    packages=find_packages(include=["fliqs_tf", "fliqs_tf.*"]),
+    package_data={"fliqs_tf.costs": ["profiles/*.json"]},
+    cmdclass={"build_py": WithoutTests},
     install_requires=["tensorflow>=2.21", "keras>=3.15", "numpy>=2.0"],
     extras_require={
         "plots": PLOTS,

@@ -8,7 +8,7 @@ import numpy as np
 
 import fliqs_tf
 from binaries import data as datasets
-from fliqs_tf import export_check
+from fliqs_tf.export.agreement import check_all
 
 REPRESENTATIVE_BATCHES = 8
 
@@ -35,7 +35,7 @@ def tflite(
     )
     shipped = fliqs_tf.export.tflite(final, path, [x for x, _ in batches], int4=int4)
     test = list(datasets.eval_batches(data, "test", 250))
-    exact, trained = export_check.check_all([shipped, final], path, test)
+    exact, trained = check_all([shipped, final], path, test)
     print(f"TFLite: {path}, {path.stat().st_size:,} bytes. Against the Keras model with the file's int8 tensors:")
     for agreement in exact:
         print(f"  {agreement}")

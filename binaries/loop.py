@@ -15,7 +15,8 @@ from binaries import data as datasets
 from binaries import devices, settings, tables
 from binaries.preemption import STATUS, Preemption
 from binaries.run_dir import RunDir
-from fliqs_tf import checkpoints, replicas
+from fliqs_tf import replicas
+from fliqs_tf.io import checkpoints
 
 FLAGS = flags.FLAGS
 

@@ -109,7 +109,7 @@ INTERRUPTED = """
 import os, signal, sys
 from absl import app
 from binaries import search
-from fliqs_tf import checkpoints
+from fliqs_tf.io import checkpoints
 at, kind, *flags = sys.argv[1:]
 save = checkpoints.save
 def save_and_stop(directory, model, step, **options):

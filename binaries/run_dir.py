@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from fliqs_tf import __version__
 from fliqs_tf._keras import NAME
-from fliqs_tf.files import local, read_json, write_json, write_text
+from fliqs_tf.io.files import local, read_json, write_json, write_text
 
 _LOCK = "lock"
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)

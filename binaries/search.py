@@ -23,8 +23,11 @@ import fliqs_tf
 from binaries import data as datasets
 from binaries import devices, exporting, loop, settings, tables
 from binaries.run_dir import RunDir, versions
-from fliqs_tf import fitting, replicas, report, targets
-from fliqs_tf.files import read_json, replacing, write_json
+from fliqs_tf import replicas
+from fliqs_tf.export import targets
+from fliqs_tf.io.files import read_json, replacing, write_json
+from fliqs_tf.reporting import report
+from fliqs_tf.search import fitting
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()

@@ -12,9 +12,9 @@ from absl import flags
 import models
 from binaries import data as datasets
 from binaries import devices
-from fliqs_tf import loading
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.files import read_json
+from fliqs_tf.io import loading
+from fliqs_tf.io.files import read_json
 
 FLAGS = flags.FLAGS
 _OF_THE_DATA = ("dataset", "data_dir", "image_size", "holdout", "seed")

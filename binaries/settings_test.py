@@ -7,7 +7,7 @@ from absl import flags
 import fliqs_tf
 import models
 from binaries import settings
-from fliqs_tf import loading
+from fliqs_tf.io import loading
 
 
 def test_runs_of_networks_with_layers_of_ours_load(tmp_path):

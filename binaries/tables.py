@@ -17,8 +17,8 @@ import rich.progress
 import rich.table
 import rich.text
 
-from fliqs_tf import report
 from fliqs_tf._keras import keras
+from fliqs_tf.reporting import report
 
 _NONE = "-"
 
@@ -129,7 +129,7 @@ def obstacles_table(name, platform, obstacles):
     Args:
       name: of the network.
       platform: its name.
-      obstacles: list of `fliqs_tf.profile.Obstacle`.
+      obstacles: list of `fliqs_tf.costs.profile.Obstacle`.
 
     Returns:
       A `rich.table.Table`.

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from binaries import tables
 from fliqs_tf._keras import keras
-from fliqs_tf.profile import Obstacle
+from fliqs_tf.costs.profile import Obstacle
 
 LAYERS = [
     {"name": "conv1", "macs": 442_368, "weights": 432, "cost": 0.75, "weight_format": "INT8"},

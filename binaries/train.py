@@ -24,7 +24,7 @@ from binaries import loop, settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import replicas
 from fliqs_tf._keras import keras
-from fliqs_tf.files import replacing, write_json
+from fliqs_tf.io.files import replacing, write_json
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()

@@ -1,17 +1,20 @@
 """FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
 
-from fliqs_tf import costs, export, loading, ranges, rewards, schedules
-from fliqs_tf.callbacks import Preempted, SearchCheckpoint, SearchLog
-from fliqs_tf.controller import Controller
-from fliqs_tf.formats import Format
-from fliqs_tf.profile import Profile
-from fliqs_tf.quantized import Quantized
-from fliqs_tf.recipe import Recipe
-from fliqs_tf.rounding import fake_quant
-from fliqs_tf.search import SearchModel
-from fliqs_tf.searchable import wrap
-from fliqs_tf.space import PRESETS, Space
-from fliqs_tf.wrapping import Rule, apply
+from fliqs_tf import costs, export
+from fliqs_tf.costs.profile import Profile
+from fliqs_tf.io import loading
+from fliqs_tf.layers import ranges
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.numerics.formats import Format
+from fliqs_tf.numerics.rounding import fake_quant
+from fliqs_tf.numerics.space import PRESETS, Space
+from fliqs_tf.quantize.recipe import Recipe
+from fliqs_tf.quantize.rules import Rule
+from fliqs_tf.reporting.callbacks import Preempted, SearchCheckpoint, SearchLog
+from fliqs_tf.search import rewards, schedules
+from fliqs_tf.search.controller import Controller
+from fliqs_tf.search.model import SearchModel
+from fliqs_tf.wrapping import apply, wrap
 
 __version__ = "0.1.0"
 

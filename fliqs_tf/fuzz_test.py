@@ -7,12 +7,13 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 
-from fliqs_tf import costs, report
-from fliqs_tf.formats import Format
-from fliqs_tf.profile import Profile
-from fliqs_tf.recipe import Recipe
-from fliqs_tf.space import Space
-from fliqs_tf.wrapping import Rule
+from fliqs_tf import costs
+from fliqs_tf.costs.profile import Profile
+from fliqs_tf.numerics.formats import Format
+from fliqs_tf.numerics.space import Space
+from fliqs_tf.quantize.recipe import Recipe
+from fliqs_tf.quantize.rules import Rule
+from fliqs_tf.reporting import report
 
 LONGEST_MESSAGE = 2000
 TEXT = st.text(max_size=30) | st.text(alphabet="INTEMBF0123456789.x*-+ ,/\u0664\x00", max_size=12)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import fliqs_tf
-from fliqs_tf import loading
 from fliqs_tf._keras import IS_KERAS_3, keras
+from fliqs_tf.io import loading
 
 L = keras.layers
 FOLDER = pathlib.Path(__file__).parents[1] / "testdata/golden_models" / ("keras3" if IS_KERAS_3 else "tf_keras")

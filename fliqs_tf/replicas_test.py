@@ -12,8 +12,10 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import checkpoints, normalization, replicas
+from fliqs_tf import replicas
 from fliqs_tf._keras import IS_KERAS_3, check_strategy, keras
+from fliqs_tf.io import checkpoints
+from fliqs_tf.layers import batch_norm
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(64, 6, 6, 1)).astype(np.float32)
@@ -197,7 +199,7 @@ def test_replicas_with_samples_of_their_own(strategy):
     first, second = draws()
     assert first == second
     # Readings on each of 2 shares of the batch, after 5 of the 6 steps: the decision was taken at the last.
-    updates = qmodel.controller._state[fliqs_tf.critic.State._fields.index("updates")]
+    updates = qmodel.controller._state[fliqs_tf.search.critic.State._fields.index("updates")]
     assert float(tf.convert_to_tensor(updates)) == 10
 
 
@@ -243,7 +245,7 @@ def test_averages_are_those_of_all_replicas_by_hand(strategy, options):
         model = keras.Sequential([keras.layers.Input((1,)), keras.layers.BatchNormalization(**options)])
         model.compile()
     batches = [np.array(batch, np.float32)[:, None] for batch in ([-1, 1, 3], [5, 7])]
-    assert normalization.reestimate(model, batches) == 2
+    assert batch_norm.reestimate(model, batches) == 2
     mean, variance = model.get_weights()[2:]
     assert (float(mean[0]), float(variance[0])) == pytest.approx((3, 8))
 

@@ -18,12 +18,15 @@ import re
 
 import tensorflow as tf
 
-from fliqs_tf import trace, wrapping
 from fliqs_tf._keras import IS_KERAS_3, NAME, float_value, keras
-from fliqs_tf.quantized import Quantized, quantized_activation
-from fliqs_tf.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from fliqs_tf.recipe import TENSORS
-from fliqs_tf.space import Space
+from fliqs_tf.graph import layer_types
+from fliqs_tf.layers.quantized import Quantized, quantized_activation
+from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from fliqs_tf.numerics.space import Space
+from fliqs_tf.quantize import network
+from fliqs_tf.quantize import rules as rules_lib
+from fliqs_tf.quantize.recipe import TENSORS
+from fliqs_tf.quantize.rules import UNCHANGED, Rule, decision_names
 
 if IS_KERAS_3:
     raise ImportError(
@@ -128,15 +131,15 @@ class FliqsQuantizeConfig(tfmot.QuantizeConfig):
         self.quantized = None
         self._faces, self._weights = (), ()
 
-    def as_rule(self, path: str) -> wrapping.Rule:
+    def as_rule(self, path: str) -> Rule:
         """This config as a rule for the layer at `path`."""
-        formats = wrapping.UNCHANGED if self.formats is None else self.formats
-        return wrapping.Rule(f"^{re.escape(path)}$", formats, self.tie and self.tie.replace("\\", r"\\"))
+        formats = UNCHANGED if self.formats is None else self.formats
+        return Rule(f"^{re.escape(path)}$", formats, self.tie and self.tie.replace("\\", r"\\"))
 
     def get_weights_and_quantizers(self, layer):
         quantized = self._quantized(layer)
         self._faces = [FliqsQuantizer.face(q) for q in quantized.weight_quantizers]
-        return [(getattr(layer, k.attribute), face) for k, face in zip(trace.kernels(layer), self._faces)]
+        return [(getattr(layer, k.attribute), face) for k, face in zip(layer_types.kernels(layer), self._faces)]
 
     def get_activations_and_quantizers(self, layer):
         if self._faces:
@@ -177,7 +180,7 @@ class FliqsQuantizeConfig(tfmot.QuantizeConfig):
             )
         if self.quantized is None:
             tensors = self.tensors or "together"
-            names = wrapping.decision_names(self.tie or layer.name, tensors)
+            names = decision_names(self.tie or layer.name, tensors)
             inputs = None if tensors == "weights" else self.formats
             self.quantized = _Applied(layer, self.formats, inputs, *names, name=layer.name, dtype=layer.dtype_policy)
         if self.quantized.layer is not layer:
@@ -223,7 +226,7 @@ class FliqsQuantizeRegistry(tfmot.QuantizeRegistry):
 
     def supports(self, layer) -> bool:
         """True for Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D, Conv2DTranspose and EinsumDense."""
-        return bool(trace.kernels(layer)) and (self.only is None or layer.name in self.only)
+        return bool(layer_types.kernels(layer)) and (self.only is None or layer.name in self.only)
 
     def get_quantize_config(self, layer) -> FliqsQuantizeConfig:
         """A new config for a layer.
@@ -270,9 +273,9 @@ class _Layout(tfmot.QuantizeLayoutTransform):
         scheme = self._scheme
         annotations = {layer.name: layer_quantize_map.get(layer.name) for layer in model.layers}
         annotations = {name: found["quantize_config"] for name, found in annotations.items() if found}
-        paths = [path for path, _ in wrapping.layers_to_quantize(model)]
+        paths = [path for path, _ in network.layers_to_quantize(model)]
         spaces = (scheme.space, scheme.space)
-        plans = wrapping.plan(paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors)
+        plans = rules_lib.plan(paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors)
         # TFMOT also asks the registry for layers before annotated ones, to quantize their output: nothing for these.
         scheme._registry = FliqsQuantizeRegistry(scheme.space, scheme.tensors, only=frozenset(plans))
         configs = {}

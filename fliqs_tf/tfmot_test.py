@@ -7,8 +7,10 @@ import pytest
 import tensorflow as tf
 
 import fliqs_tf
-from fliqs_tf import trace, wrapping
 from fliqs_tf._keras import IS_KERAS_3, keras
+from fliqs_tf.graph import walking
+from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.rules import plan
 
 L = tf.keras.layers
 
@@ -71,7 +73,7 @@ def applied(model, *args, **kwargs):
 
 
 def names(network):
-    return [(d.name, d.options, d.layers) for d in wrapping.decisions(network)]
+    return [(d.name, d.options, d.layers) for d in decisions(network)]
 
 
 def numbers(shape, seed=0):
@@ -168,10 +170,10 @@ def test_searches_of_both_are_one_search(tmp_path):
         loaded = tf.keras.models.load_model(tmp_path / "search.keras")
     assert loaded.recipe() == recipe and int(loaded.controller.step) == 6
     np.testing.assert_array_equal(loaded(x), outputs)
-    path = fliqs_tf.checkpoints.save(tmp_path, search, 6)
+    path = fliqs_tf.io.checkpoints.save(tmp_path, search, 6)
     restored = fliqs_tf.SearchModel(applied(tiny(), "FLIQS-S-INT"))
     restored.compile(tf.keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", target_cost="0.6x INT8")
-    assert path.exists() and fliqs_tf.checkpoints.restore_newest(tmp_path, restored) == 6
+    assert path.exists() and fliqs_tf.io.checkpoints.restore_newest(tmp_path, restored) == 6
     restored.use_sample()
     np.testing.assert_array_equal(restored(x), outputs)
     # A recipe of the search fits the annotated model as it does the float one.
@@ -215,9 +217,9 @@ def test_parts_of_an_annotated_layer_are_named_and_stay_in_float(caplog):
     model = tf.keras.Model(x, L.Dense(2, name="dense")(attention(x, x)))
     assert len(names(fliqs_tf.wrap(model).network)) == 5
     annotations = dict.fromkeys(["attention", "dense"])
-    paths = [path for path, _ in trace.quantizable(model)]
+    paths = [path for path, _ in walking.quantizable(model)]
     spaces = (fliqs_tf.Space("FLIQS-S-INT"),) * 2
-    assert list(wrapping.plan(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
+    assert list(plan(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
     assert "an annotation is of a whole layer and not of its parts: attention/query, attention/key" in caplog.text
 
 
@@ -298,8 +300,8 @@ def test_files(tmp_path, suffix):
     model.save(tmp_path / f"annotated.{suffix}")
     with tfmot.quantize_scope():
         loaded = tf.keras.models.load_model(tmp_path / f"annotated.{suffix}")
-    assert trace.annotations(loaded) == trace.annotations(model)
-    assert trace.annotations(loaded)["separable"].get_config() == {
+    assert walking.annotations(loaded) == walking.annotations(model)
+    assert walking.annotations(loaded)["separable"].get_config() == {
         "formats": ["INT4", "INT8"],
         "tie": "s",
         "tensors": None,

@@ -13,7 +13,7 @@ import pytest
 
 import models
 from fliqs_tf import costs
-from fliqs_tf.formats import Format
+from fliqs_tf.numerics.formats import Format
 
 GOLDEN = json.loads((pathlib.Path(__file__).resolve().parents[1] / "testdata" / "model_costs.json").read_text())[
     "models"

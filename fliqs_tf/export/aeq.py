@@ -1,0 +1,82 @@
+"""Recipes for ai-edge-quantizer, which quantizes a float `.tflite` file.
+
+Its scales and rounding are ours: symmetric, amax per output channel over the largest code, to nearest with ties to
+even. So where it has the format of a layer, it finds the integer weights that the layer computes with, but for channels
+whose amax is below 1e-9, where it takes 1e-9. Batch normalization that the file has folded into the weights may move
+the last bit of a weight, and with it a code where the weight lies in the middle of two.
+
+It has weights of 4 and 8 bits (4 only in CONV_2D and FULLY_CONNECTED; it leaves other layers in float) and inputs of 8.
+The scales of inputs are not ours: it takes them from calibration data.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from fliqs_tf.io import files
+from fliqs_tf.quantize.recipe import Recipe
+
+_BITS = {"INT4": 4, "INT8": 8}
+_FLOAT = ("BF16", "FP32")
+
+
+def aeq_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
+    """Writes a recipe as JSON for ai-edge-quantizer, one entry per layer.
+
+        fliqs_tf.export.tflite(fliqs_tf.apply(model, "FP32"), "float.tflite")
+        fliqs_tf.export.aeq_recipe(recipe, "aeq.json")
+        quantizer = ai_edge_quantizer.Quantizer("float.tflite", "aeq.json")
+        calibration = quantizer.calibrate({"serving_default": [{"image": batch}, ...]})
+        quantizer.quantize(calibration).export_model("quantized.tflite")
+
+    An entry finds its layer by the name of a tensor: `conv1`, or a part between slashes, as in `net/conv1/Conv2D`.
+    The float files of `fliqs_tf.export.tflite` have exactly these names. TensorFlow's converter gives the last layer
+    another one, and Keras 3 numbers them (`conv1_1`): with files of theirs look at the names first.
+
+    Args:
+      recipe: The recipe. Weights in INT4 or INT8 with inputs in any INT of 8 bits or fewer, which become INT8, or in
+        float. Layers of BF16 or FP32 stay in float.
+      path: Of the file. Whole or not there.
+
+    Raises:
+      ValueError: A format that ai-edge-quantizer does not have: names the layer, and what has it.
+      OSError: The file cannot be written.
+    """
+    entries = []
+    for layer, decisions in recipe.of_layers().items():
+        weights = recipe.formats[decisions["weights"]] if "weights" in decisions else "FP32"
+        inputs = recipe.formats[decisions["activations"]] if "activations" in decisions else "FP32"
+        if weights in _FLOAT and inputs in _FLOAT:
+            continue
+        has_inputs = inputs in _FLOAT or inputs in tuple(f"INT{bits}" for bits in range(2, 9))
+        if weights not in _BITS or not has_inputs:
+            raise ValueError(
+                f"Layer {layer!r} has {weights} weights and {inputs} inputs, and ai-edge-quantizer has INT4 and INT8 "
+                f"weights, and INT8 inputs. fliqs_tf.export.tflite writes every INT, fliqs_tf.export.packed any format."
+            )
+        entries.append(_entry(layer, _BITS[weights], inputs not in _FLOAT))
+    files.write_json(path, entries)
+
+
+def _entry(layer: str, bits: int, has_integer_inputs: bool) -> dict:
+    config = {
+        "weight_tensor_config": {"num_bits": bits, "symmetric": True, "granularity": "CHANNELWISE", "dtype": "INT"},
+        "compute_precision": "INTEGER" if has_integer_inputs else "FLOAT",
+        "explicit_dequantize": not has_integer_inputs,
+        "skip_checks": False,
+        "min_weight_elements": 0,
+    }
+    if has_integer_inputs:
+        config["activation_tensor_config"] = {
+            "num_bits": 8,
+            "symmetric": True,
+            "granularity": "TENSORWISE",
+            "dtype": "INT",
+        }
+    return {
+        "regex": f"(^|[/;]){re.escape(layer)}([/;]|$)",
+        "operation": "*",
+        "algorithm_key": "min_max_uniform_quantize",
+        "op_config": config,
+    }

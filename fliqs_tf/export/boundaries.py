@@ -1,0 +1,297 @@
+"""Carriers: the int8 tensors between the layers of an integer network.
+
+The search gives a format to the input of every quantized layer. Integer kernels (LiteRT's) also hand int8 tensors to
+additions, pooling, concatenation, to several layers at once, and out of the network. A carrier is an
+`ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and makes
+the Keras model compute what the integer network will.
+
+Where a value goes straight into one quantized layer there is none: the kernel before writes that layer's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fliqs_tf._keras import keras
+from fliqs_tf.graph import copies, dataflow, layer_types, rewriting, walking
+from fliqs_tf.layers import ranges
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.layers.quantizers import ActivationQuantizer
+from fliqs_tf.numerics.space import Space
+from fliqs_tf.quantize import comparison
+
+_LAYERS = keras.layers
+FORMAT = "INT8"
+SUFFIX = ranges.SUFFIX
+
+# What is not there at inference.
+IDENTITIES = tuple(
+    getattr(_LAYERS, name)
+    for name in ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout")
+    + ("AlphaDropout", "ActivityRegularization")
+    if hasattr(_LAYERS, name)
+)
+# They move values or pick among them: to quantize before or after is the same.
+COMMUTING = (
+    *IDENTITIES,
+    _LAYERS.MaxPooling2D,
+    _LAYERS.GlobalMaxPooling2D,
+    _LAYERS.Flatten,
+    _LAYERS.Reshape,
+    _LAYERS.ZeroPadding2D,
+    _LAYERS.UpSampling2D,
+    _LAYERS.Concatenate,
+)
+# They compute, and have integer kernels; additions and products of two inputs, see `_computes`.
+COMPUTING = (
+    _LAYERS.BatchNormalization,
+    _LAYERS.Add,
+    _LAYERS.Multiply,
+    _LAYERS.AveragePooling2D,
+    _LAYERS.GlobalAveragePooling2D,
+)
+
+
+def activation(layer) -> str:
+    """Name of a layer's activation; integer kernels do "linear", "relu" and "relu6" by themselves.
+
+    Args:
+      layer: Any; "linear" for one that has no activation.
+    """
+    if isinstance(layer, _LAYERS.ReLU):
+        plain = not layer.negative_slope and not layer.threshold
+        largest = None if layer.max_value is None else float(layer.max_value)  # an array once tf_keras has copied it
+        name = {None: "relu", 6.0: "relu6"}.get(largest) if plain else None
+        return name or f"ReLU({layer.max_value}, {layer.negative_slope}, {layer.threshold})"
+    return copies.function_name(getattr(getattr(layer, "quantized_layer", layer), "activation", None))
+
+
+def is_activation(layer) -> bool:
+    """True for a layer that is nothing but a ReLU or ReLU6."""
+    return isinstance(layer, (_LAYERS.ReLU, _LAYERS.Activation)) and activation(layer) in ("relu", "relu6")
+
+
+def commutes(layer) -> bool:
+    """True if quantizing the layer's inputs is the same as quantizing its output."""
+    return isinstance(layer, COMMUTING) or is_activation(layer)
+
+
+def swallowed(graph: dataflow.Dataflow) -> set[int]:
+    """Values that do not exist in an integer network: the kernel that makes them goes on to the next step.
+
+    A convolution takes batch normalization with it; it, normalization and addition take a ReLU.
+    """
+    readers, found = graph.readers(), set()
+    made_by = {call.output: call for call in graph.calls}
+    for value, reading in readers.items():
+        if value not in made_by or len(reading) > 1 or value in graph.outputs:
+            continue
+        maker, reader = made_by[value].layer, reading[0].layer
+        linear = bool(layer_types.kernels(getattr(maker, "quantized_layer", maker))) and activation(maker) == "linear"
+        if isinstance(reader, _LAYERS.BatchNormalization):
+            if linear and has_channels_last(reader, maker):
+                found.add(value)
+        elif is_activation(reader) and (linear or isinstance(maker, (_LAYERS.BatchNormalization, _LAYERS.Add))):
+            found.add(value)
+    return found
+
+
+def has_channels_last(norm, maker) -> bool:
+    """True if a batch normalization scales the output channels of the layer before it."""
+    axis = norm.axis[0] if isinstance(norm.axis, (list, tuple)) else norm.axis
+    maker = getattr(maker, "quantized_layer", maker)
+    channels = getattr(maker, "units", getattr(maker, "filters", None))
+    if channels is None:  # a depthwise convolution, or EinsumDense
+        return isinstance(maker, _LAYERS.DepthwiseConv2D) and axis in (-1, 3)
+    return axis == -1 or (axis == 3 and hasattr(maker, "filters")) or (axis == 1 and hasattr(maker, "units"))
+
+
+def places(model: keras.Model) -> list[str]:
+    """Paths of the layers behind which an integer network needs a carrier.
+
+    A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
+    """
+    graph = dataflow.read(model)
+    inside, readers, integer = swallowed(graph), graph.readers(), _integer_values(graph)
+    carried: dict[int, str] = {}
+    ends: dict[int, set[tuple[str, int]]] = {}
+    for call in reversed(graph.calls):
+        value = call.output
+        found = {("output", value)} if value in graph.outputs else set()
+        for reader in readers.get(value, ()):
+            if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
+                found.add(("quantizer", reader.output))
+            elif value in inside or commutes(reader.layer):
+                found |= {("quantizer", reader.output)} if reader.output in carried else ends[reader.output]
+            else:
+                found.add(("operation", reader.output))
+        ends[value] = found
+        is_direct = len(found) == 1 and next(iter(found))[0] == "quantizer"
+        is_carrier = isinstance(call.layer, ActivationQuantizer)
+        if found and value in integer and value not in inside and not is_direct and not is_carrier:
+            carried[value] = call.path
+    # What only moves carried codes needs no second carrier.
+    for call in graph.calls:
+        if call.output in carried and commutes(call.layer) and len(call.inputs) == 1 and call.inputs[0] in carried:
+            del carried[call.output]
+    return list(dict.fromkeys(carried[call.output] for call in graph.calls if call.output in carried))
+
+
+def _integer_values(graph: dataflow.Dataflow) -> set[int]:
+    """Values that a kernel with int8 output may make, given the menus of the quantized layers."""
+    found: set[int] = set()
+    for call in graph.calls:
+        known = [value in found for value in call.inputs]
+        if (
+            isinstance(call.layer, ActivationQuantizer)
+            or _is_integer(call.layer, any)
+            or (_computes(call) and all(known))
+            or (commutes(call.layer) and any(known))
+        ):
+            found.add(call.output)
+    return found
+
+
+def _computes(call: dataflow.Call) -> bool:
+    return isinstance(call.layer, COMPUTING) and len(call.inputs) <= 2  # of more than two there is no kernel
+
+
+def is_integer(fmt) -> bool:
+    """True for a format that integer kernels compute with: INT2 to INT8."""
+    return fmt.is_integer and fmt.bits <= 8
+
+
+def _is_integer(layer, how) -> bool:
+    """Whether `how` (any, all) of the formats of a quantized layer are integers of 8 bits or fewer."""
+    if not isinstance(layer, Quantized) or layer.activation_quantizer is None:
+        return False
+    menus = (layer.weight_quantizers[0].space.formats, layer.activation_quantizer.space.formats)
+    return all(how(is_integer(fmt) for fmt in menu) for menu in menus)
+
+
+# ---- putting them in
+
+
+class _Linked:
+    """A network with carriers. Made from its configuration, by loading for instance, it has its shared ranges again."""
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = super().from_config(config, custom_objects=custom_objects)
+        if getattr(model, "inputs", None):
+            link(model)
+        return model
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class CarrierModel(_Linked, keras.Model):
+    """A Functional model with carriers."""
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class CarrierSequential(_Linked, keras.Sequential):
+    """A Sequential model with carriers."""
+
+
+def with_carriers(model: keras.Model) -> keras.Model:
+    """A copy of a quantized network with carriers, and its weights.
+
+    The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
+    own, so that there can be a carrier before it.
+
+    Args:
+      model: Functional or Sequential, with `Quantized` layers.
+    """
+    apart = rewriting.with_added(model, _activations_apart(model))
+    added = {path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)] for path in places(apart)}
+    copy = rewriting.with_added(apart, added)
+    comparison.check(model, copy)
+    return copy
+
+
+def has_carriers(model: keras.Model) -> bool:
+    """True if int8 tensors between layers are simulated."""
+    return any(isinstance(layer, ActivationQuantizer) for _, layer in walking.walk(model))
+
+
+def menu(space) -> Space:
+    """The formats of a menu that integer kernels have; the rest of it is dropped.
+
+    Raises:
+      ValueError: There are none.
+    """
+    space = Space(space)
+    kept = [fmt for fmt in space.formats if is_integer(fmt)]
+    if not kept:
+        raise ValueError(
+            f"None of {', '.join(space.names)} has integer kernels: target='tflite' takes INT2 to INT8. A rule "
+            f"(pattern, None) leaves layers in float."
+        )
+    return Space(kept)
+
+
+def _activations_apart(model) -> dict[str, list]:
+    found = {}
+    for path, layer in walking.walk(model):
+        if isinstance(layer, Quantized) and activation(layer) not in ("linear", "relu", "relu6"):
+            if copies.is_of_its_user(layer.layer.activation):
+                raise ValueError(
+                    f"Layer {path!r} has the activation {activation(layer)!r}, which no kernel of TFLite computes: "
+                    f"leave target=None, or the layer in float."
+                )
+            found[path] = [
+                _LAYERS.Activation(layer.layer.activation, name=f"{rewriting.last_name(path)}_{activation(layer)}")
+            ]
+    return found
+
+
+# ---- ranges
+
+
+def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
+    """(carrier, input quantizer of a layer that reads its codes): one range serves both."""
+    graph = dataflow.read(model)
+    source: dict[int, ActivationQuantizer] = {}
+    found = []
+    for call in graph.calls:
+        if isinstance(call.layer, ActivationQuantizer):
+            source[call.output] = call.layer
+        elif len(call.inputs) == 1 and call.inputs[0] in source:
+            if commutes(call.layer):
+                source[call.output] = source[call.inputs[0]]
+            elif isinstance(call.layer, Quantized) and call.layer.activation_quantizer is not None:
+                found.append((source[call.inputs[0]], call.layer.activation_quantizer))
+    return found
+
+
+def link(model: keras.Model) -> None:
+    """Makes input quantizers take the range of the carrier that they read, during training too.
+
+    Two ranges for the same codes would cost a rounding between them. Linking again changes nothing.
+    """
+    for carrier, quantizer in followers(model):
+        quantizer.follow(carrier)
+
+
+def calibrate(model: keras.Model, representative: Iterable | None) -> None:
+    """Gives a range to the carriers that have none, from their readers or from data.
+
+    Args:
+      model: What `with_carriers` gave.
+      representative: Batches of model inputs; None if there are none.
+
+    Raises:
+      ValueError: A range is missing and there is no data.
+    """
+    for carrier, quantizer in followers(model):
+        if carrier.range[1] == 0 and quantizer.range[1] > 0:
+            carrier.range.assign(quantizer.range)
+    link(model)
+    missing = list(ranges.unseen(model))
+    if missing and representative is None:
+        raise ValueError(
+            f"{len(missing)} int8 tensors have no range: {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}. "
+            f"Give representative=batches of model inputs, or train with fliqs_tf.wrap(..., target='tflite')."
+        )
+    if missing and not ranges.calibrate(model, representative):
+        raise ValueError("representative holds no batch.")

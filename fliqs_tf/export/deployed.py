@@ -1,0 +1,181 @@
+"""What a deployed model holds: its quantized layers, their formats, and their weights as values and scales.
+
+An exporter writes values (or their codes, `fliqs_tf.numerics.encoding`) and scales; `weights_of` gives weights that a
+Keras layer quantizes to exactly these values and scales.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf._keras import check_model, float_value
+from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.layers.attention import Product
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.numerics import rounding
+from fliqs_tf.numerics.formats import Format
+from fliqs_tf.quantize.recipe import Recipe, add_float_inputs
+
+HOW_TO_CALIBRATE = (
+    "train the model, or give fliqs_tf.apply calibration_data=batches of inputs (layers that are called with "
+    "training=False need them in any case); fliqs_tf.ranges.calibrate(model, batches) does it for a model that is there"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized weight: weight = values * scale, in float32.
+
+    Attributes:
+      format: Its format.
+      values: float32 array of the weight's shape: values of the format, without the scale.
+      scale: float32 array that broadcasts to it, one per output channel; None for BF16 and FP32, which have no scale.
+    """
+
+    format: Format
+    values: np.ndarray
+    scale: np.ndarray | None
+
+
+def quantized_layers(model) -> list[tuple[str, Quantized]]:
+    """(path, layer) of the quantized layers of a deployed model, in its order.
+
+    Raises:
+      TypeError: Not a model of this process's `tf.keras`.
+      ValueError: Formats are still to be decided, or no layer is quantized.
+    """
+    return [(path, layer) for path, layer in _decided(model) if isinstance(layer, Quantized)]
+
+
+def _decided(model) -> list[tuple[str, Quantized | Product]]:
+    """(path, layer) of quantized layers and products; raises as `quantized_layers`."""
+    if hasattr(model, "deploy"):
+        raise ValueError(f"Model {model.name!r} is still being searched: give what its deploy() returns.")
+    check_model(model)
+    layers = [(path, layer) for path, layer in walking.walk(model) if isinstance(layer, (Quantized, Product))]
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has no quantized layer: give what deploy() of a searched model or fliqs_tf.apply "
+            f"returns."
+        )
+    for path, layer in layers:
+        for quantizer in (*layer.weight_quantizers, *layer.activation_quantizers):
+            if quantizer.choice is not None:
+                raise ValueError(
+                    f"Layer {path!r} has the menu {', '.join(quantizer.space.names)}: its format is not decided. Give "
+                    f"what deploy() of the searched model returns."
+                )
+    return layers
+
+
+def format_of(quantizer) -> Format:
+    """The format of a fixed quantizer."""
+    (fmt,) = quantizer.space.formats
+    return fmt
+
+
+def recipe(model) -> Recipe:
+    """The recipe that a deployed model follows.
+
+    Raises:
+      ValueError: As `quantized_layers`.
+    """
+    layers = _decided(model)
+    in_float = [path for path, _ in walking.quantizable(model)]
+    info = {"float_layers": in_float} if in_float else {}
+    # What is chosen for tables says nothing of the kind: they have no input to quantize.
+    kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.inside(layer))} or {"weights"}
+    formats: dict[str, str] = {}
+    members: dict[str, list[str]] = {}
+    if len(kinds) > 1:  # layers quantized one by one: no recipe of one kind says that
+        for path, layer in layers:
+            inputs = layer.activation_quantizer
+            formats[f"{path}/weights"] = format_of(layer.weight_quantizers[0]).name
+            formats[f"{path}/activations"] = format_of(inputs).name if inputs is not None else "FP32"
+        return Recipe(formats, "separate", info=info)
+    (kind,) = kinds
+    for path, layer in layers:
+        reads = [(layer.weight_decision, layer.weight_quantizers[0])]
+        reads += [(layer.activation_decision, q) for q in layer.activation_quantizers[:1]]
+        for decision, quantizer in reads:
+            formats[decision] = format_of(quantizer).name
+            if path not in members.setdefault(decision, []):
+                members[decision].append(path)
+    if kind == "separate":
+        add_float_inputs(formats, members)
+    alone = {d: [d.rpartition("/")[0] if kind == "separate" else d] for d in members}
+    return Recipe(formats, kind, {d: paths for d, paths in members.items() if paths != alone[d]}, info)
+
+
+def _kind(layer: Quantized | Product) -> str:
+    if layer.activation_quantizer is None:
+        return "weights"
+    return "together" if layer.activation_decision == layer.weight_decision else "separate"
+
+
+def quantized_weights(path: str, layer: Quantized) -> dict[str, QuantizedWeight]:
+    """{attribute of the layer inside: its quantized weight}, as the layer computes with it.
+
+    Args:
+      path: Path of the layer, for errors.
+      layer: A quantized layer whose formats are fixed.
+
+    Raises:
+      ValueError: A weight is NaN or infinite.
+    """
+    kernels = layer_types.kernels_or_table(layer.quantized_layer)
+    return {
+        kernel.attribute: quantized_weight(
+            f"{path}/{kernel.attribute}", quantizer, float_value(getattr(layer.quantized_layer, kernel.attribute))
+        )
+        for kernel, quantizer in zip(kernels, layer.weight_quantizers)
+    }
+
+
+def quantized_weight(name: str, quantizer, weight: tf.Tensor) -> QuantizedWeight:
+    """What a fixed quantizer makes of a weight. `name` and errors as for `quantized_weights`."""
+    weight = tf.cast(weight, tf.float32)
+    fmt = format_of(quantizer)
+    computed = quantizer.call(weight).numpy()
+    if not np.isfinite(computed).all():  # the kernel may also overflow next to the end of float32
+        raise ValueError(f"The weight {name!r} has NaN or infinite entries in {fmt}; nothing to export.")
+    if not fmt.is_scaled:
+        return QuantizedWeight(fmt, computed, None)
+    scale = scale_of(rounding.absolute_max(weight, quantizer.channel_axes).numpy(), fmt)
+    # Dividing by the scale gives back the value but for the last bit, which rounding mends.
+    values = rounding.fake_quant(computed / scale, fmt, amax=fmt.max).numpy()
+    if not np.array_equal(values * scale, computed):  # would be an error of the kernel, not of the caller
+        raise AssertionError(f"{name}: values * scale are not what the layer computes with.")
+    return QuantizedWeight(fmt, values, scale)
+
+
+def scale_of(amax: np.ndarray, fmt: Format) -> np.ndarray:
+    """The scale that the rounding kernel takes: float32 amax / (largest value), never 0."""
+    return np.maximum(np.asarray(amax, np.float32) / np.float32(fmt.max), np.finfo(np.float32).tiny)
+
+
+def weights_of(weight: QuantizedWeight) -> np.ndarray:
+    """float32 weights that a layer quantizes to the values and the scale of `weight`, to the bit: values * scale.
+
+    That is so because float32 scale * (largest value) is an amax of the same scale again, for every scale that an
+    amax can have; the tests go through all of them.
+    """
+    return weight.values if weight.scale is None else weight.values * weight.scale
+
+
+def input_scale(quantizer) -> np.ndarray | None:
+    """Scale of an activation quantizer as a float32 number; None for a cast.
+
+    Raises:
+      ValueError: The range was never trained, so that every batch has a scale of its own.
+    """
+    fmt = format_of(quantizer)
+    if not fmt.is_scaled:
+        return None
+    amax, seen = np.asarray(quantizer.range, np.float32)
+    if not seen > 0:
+        raise ValueError(f"its input range has seen no data: {HOW_TO_CALIBRATE}")
+    return scale_of(amax * np.float32(quantizer.clip), fmt)

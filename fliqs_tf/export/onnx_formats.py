@@ -1,0 +1,107 @@
+"""Number formats in an ONNX file: weights as codes in types of ONNX, inputs through QuantizeLinear.
+
+What a format becomes:
+
+| format | weights | inputs |
+|---|---|---|
+| INT8, INT16, E4M3, E5M2 | INT8, INT16, FLOAT8E4M3FN, FLOAT8E5M2 | the same |
+| INT4 | INT4 | INT4 |
+| INT2, INT3; INT5..INT7; INT9..INT15 | INT4; INT8; INT16: the same values | the same, clipped to the range |
+| E2M1 | FLOAT4E2M1 (opset 23) | FLOAT4E2M1 |
+| other ExMy whose values E4M3 or E5M2 has | FLOAT8E4M3FN, FLOAT8E5M2: the values are the same | none |
+| BF16 | BFLOAT16 and a cast | casts |
+| FP32 | FLOAT | as they are |
+
+onnxruntime's CPU provider (1.31) executes all of these but FLOAT4E2M1, which ONNX's reference evaluator does.
+DequantizeLinear gives scale * code in float32, which is what a Keras layer computes with: weights are equal to the bit.
+The operations between are float32 in both, in another order: outputs differ by rounding, and where a value lies next to
+the middle between two codes, by one step of an input.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fliqs_tf.export import deployed, targets
+from fliqs_tf.export.onnx_graph import Graph, Value, import_onnx
+from fliqs_tf.numerics.formats import Format
+
+
+def quantized_input(graph: Graph, x: Value, quantizer) -> Value:
+    """A value as a quantizer of one fixed format rounds it.
+
+    Raises:
+      ValueError: A format that ONNX has no type for, or no range; names the layer.
+    """
+    fmt = deployed.format_of(quantizer)
+    carrier = targets.onnx_inputs(fmt)
+    if carrier is None:
+        raise ValueError(
+            f"Layer {graph.path!r} has its input in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
+        )
+    if carrier == "FP32":
+        return x
+    if carrier == "BF16":
+        proto = import_onnx().TensorProto
+        return graph.each(
+            [x],
+            lambda name: graph.node("Cast", [graph.node("Cast", [name], to=proto.BFLOAT16)], to=proto.FLOAT),
+            x.is_nonnegative,
+        )
+    try:
+        scale = deployed.input_scale(quantizer)
+    except ValueError as error:
+        raise ValueError(f"Layer {graph.path!r} cannot be written: {error}.") from None
+    scale_name = graph.constant(scale, "input.scale")
+    # Not by a zero point of that type, which is 0 anyway: onnxruntime 1.31 then breaks its own graph where a Transpose
+    # follows.
+    kind = graph.kind(carrier)
+
+    def make(name):
+        if _needs_clip(fmt, carrier, x):
+            bound = np.float32(fmt.max) * scale
+            name = graph.node("Clip", [name, graph.constant(-bound, "least"), graph.constant(bound, "most")])
+        made = graph.node("QuantizeLinear", [name, scale_name], output_dtype=kind)
+        return graph.node("DequantizeLinear", [made, scale_name])
+
+    return graph.each([x], make, x.is_nonnegative)
+
+
+def _needs_clip(fmt: Format, carrier: str, x: Value) -> bool:
+    """Integers of ONNX have one more code at the lower end, and one that carries another has more at both."""
+    return fmt.is_integer and (fmt.name != carrier or not x.is_nonnegative)
+
+
+def float_weight(graph: Graph, weight, what: str, move=lambda k: k) -> str:
+    """A weight as a float32 tensor of the graph, `move` taking it to ONNX's order of axes.
+
+    Raises:
+      ValueError: A format that ONNX has no type for; names the layer.
+    """
+    if isinstance(weight, np.ndarray):
+        return graph.constant(move(weight), what)
+    fmt, values = weight.format, move(weight.values)
+    carrier = targets.onnx_weights(fmt)
+    if carrier is None:
+        raise ValueError(
+            f"Layer {graph.path!r} has its weights in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
+        )
+    if weight.scale is None:
+        made = graph.codes(values, carrier, what)
+        return made if carrier == "FP32" else graph.node("Cast", [made], to=import_onnx().TensorProto.FLOAT)
+    scale = move(weight.scale)
+    axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    if len(axes) <= 1:
+        axis = axes[0] if axes else 0
+        if not axes:  # one channel, or one scale for all
+            scale = np.broadcast_to(scale.reshape(()), (values.shape[0],))
+        inputs = [graph.codes(values, carrier, what), graph.constant(scale.ravel(), f"{what}.scale")]
+        return graph.node("DequantizeLinear", inputs, axis=axis)
+    # Channels along several axes, which DequantizeLinear does not have: as a matrix, and back.
+    order = [axis for axis in range(values.ndim) if axis not in axes] + axes
+    ordered = values.transpose(order)
+    matrix = ordered.reshape(-1, scale.size)
+    inputs = [graph.codes(matrix, carrier, what), graph.constant(scale.transpose(order).ravel(), f"{what}.scale")]
+    made = graph.node("DequantizeLinear", inputs, axis=1)
+    made = graph.node("Reshape", [made, graph.constant(np.array(ordered.shape, np.int64))])
+    return graph.node("Transpose", [made], perm=np.argsort(order).tolist())

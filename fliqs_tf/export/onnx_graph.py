@@ -1,0 +1,114 @@
+"""The graph of an ONNX file while it is written: nodes, constants, and tensors in either layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from fliqs_tf.export import targets
+from fliqs_tf.numerics import encoding
+from fliqs_tf.numerics.formats import Format
+
+_OPSET, _OPSET_OF_E2M1 = 21, 23
+_IR_VERSION = {21: 10, 23: 11}
+
+
+def import_onnx():
+    """The package onnx, loaded when it is first needed."""
+    try:
+        import onnx
+
+        return onnx
+    except ImportError as error:
+        raise ImportError("ONNX files need onnx: pip install 'fliqs-tf[onnx]'.") from error
+
+
+@dataclasses.dataclass
+class Value:
+    """A tensor: its names with channels last, as in Keras, and first, as in ONNX; the other is made when needed."""
+
+    rank: int
+    last: str | None = None
+    first: str | None = None
+    is_nonnegative: bool = False
+
+
+class Graph:
+    """Nodes and constants of the file, and where we are: the path of the layer."""
+
+    def __init__(self):
+        self.nodes, self.constants, self.path = [], {}, ""
+        self.opset = _OPSET
+        self._names: set[str] = set()
+
+    @property
+    def ir_version(self) -> int:
+        """The version of the file format that came with the opset."""
+        return _IR_VERSION[self.opset]
+
+    def name(self, wanted: str) -> str:
+        name, n = wanted, 1
+        while name in self._names:
+            n += 1
+            name = f"{wanted}_{n}"
+        self._names.add(name)
+        return name
+
+    def node(self, operation: str, inputs, **attributes) -> str:
+        name = self.name(f"{self.path}/{operation}")
+        self.nodes.append(import_onnx().helper.make_node(operation, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, array, what: str = "constant") -> str:
+        name = self.name(f"{self.path}/{what}")
+        self.constants[name] = import_onnx().numpy_helper.from_array(np.asarray(array), name)
+        return name
+
+    def kind(self, carrier: str) -> int:
+        """The ONNX type of a format's name; the file takes the opset that has it."""
+        if carrier == "E2M1":
+            self.opset = _OPSET_OF_E2M1
+        return getattr(import_onnx().TensorProto, "BFLOAT16" if carrier == "BF16" else targets.ONNX_TYPES[carrier])
+
+    def codes(self, values: np.ndarray, carrier: str, what: str) -> str:
+        """A constant of an ONNX type for a format, from the format's values."""
+        if carrier == "FP32":
+            return self.constant(values.astype(np.float32), what)
+        name, kind = self.name(f"{self.path}/{what}"), self.kind(carrier)
+        bits = encoding.pack(encoding.encode(values, carrier), Format(carrier).bits)
+        self.constants[name] = import_onnx().helper.make_tensor(name, kind, values.shape, bits.tobytes(), raw=True)
+        return name
+
+    # ---- layouts
+
+    def last(self, value: Value) -> str:
+        if value.last is None:
+            value.last = self.node("Transpose", [value.first], perm=[0, *range(2, value.rank), 1])
+        return value.last
+
+    def first(self, value: Value) -> str:
+        if value.rank < 3:
+            return self.last(value)
+        if value.first is None:
+            value.first = self.node("Transpose", [value.last], perm=[0, value.rank - 1, *range(1, value.rank - 1)])
+        return value.first
+
+    def each(self, values: list[Value], make: Callable[..., str], is_nonnegative: bool = False) -> Value:
+        """An elementwise operation, in the layout that the values have."""
+        rank = max(v.rank for v in values)
+        moved = rank > 2 and all(v.rank == rank and v.first is not None for v in values)
+        name = make(*(self.first(v) if moved else self.last(v) for v in values))
+        return Value(rank, **{"first" if moved else "last": name}, is_nonnegative=is_nonnegative)
+
+    def moved(self, value: Value, operation: str, inputs=(), rank: int | None = None, **attributes) -> Value:
+        """An operation that ONNX defines for channels first."""
+        name = self.node(operation, [self.first(value), *inputs], **attributes)
+        rank = rank or value.rank
+        return Value(rank, **{"first" if rank > 2 else "last": name})
+
+    def plain(self, value: Value, operation: str, inputs=(), rank: int | None = None, **attributes) -> Value:
+        """An operation on the tensor as Keras has it."""
+        name = self.node(operation, [self.last(value), *inputs], **attributes)
+        return Value(rank or value.rank, last=name)

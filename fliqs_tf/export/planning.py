@@ -1,0 +1,141 @@
+"""What a target will do with every layer, before anything is searched or exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from fliqs_tf import costs
+from fliqs_tf._keras import keras
+from fliqs_tf.costs.profile import Profile
+from fliqs_tf.export import lowering, onnx_writer, targets
+from fliqs_tf.export.targets import CANNOT, NATIVE, TARGETS, Run
+from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.quantize.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How a target runs a layer.
+
+    Attributes:
+      layer: Path of the layer.
+      kind: Name of its class; "" if only a recipe is known.
+      weights, inputs: Names of its formats; "FP32" for what stays in float, "" for a layer without a kernel.
+      run: How.
+    """
+
+    layer: str
+    kind: str
+    weights: str
+    inputs: str
+    run: Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a target does with every layer.
+
+    Attributes:
+      target: Name of the target.
+      rows: One per layer, in network order; for a model that is to be searched, one per layer and pair of formats that
+        the search may choose.
+    """
+
+    target: str
+    rows: tuple[Row, ...]
+
+    @property
+    def obstacles(self) -> tuple[Row, ...]:
+        """The rows that cannot run."""
+        return tuple(row for row in self.rows if row.run.how == CANNOT)
+
+    def __str__(self) -> str:
+        table = [("layer", "class", "weights", "inputs", f"on {self.target}", "how")]
+        table += [(r.layer, r.kind, r.weights, r.inputs, r.run.how, r.run.why) for r in self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        return "\n".join([lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:]])
+
+
+def plan(recipe_or_model, target: str | os.PathLike | Profile) -> Plan:
+    """What a target will do with every layer: native, emulated and how, or cannot and why.
+
+    Args:
+      recipe_or_model: A recipe; a wrapped model (every choice that its search has); a deployed model; or a plain one,
+        whose layers are in float. A recipe alone does not know the classes of its layers.
+      target: "tflite", "onnx", "packed"; or a hardware profile: a `Profile`, the name of a shipped one, or a path.
+
+    Returns:
+      A `Plan`: print it, or look at its `rows` and `obstacles`.
+
+    Raises:
+      TypeError: Neither a recipe nor a model.
+      ValueError: Unknown target.
+    """
+    of_file = isinstance(target, str) and target in TARGETS
+    try:
+        profile = None if of_file else Profile.load(target)
+    except ValueError as error:
+        raise ValueError(f"Targets are {', '.join(TARGETS)} and hardware profiles. {error}") from None
+
+    def run(weights: str, inputs: str, kind: str = "") -> Run:
+        if profile is None:
+            return targets.runs(weights, inputs, target, kind or None)
+        reason = profile.why_not(weights, inputs)
+        return Run(CANNOT, reason) if reason else Run(NATIVE)
+
+    name = profile.name if profile is not None else target
+    if isinstance(recipe_or_model, Recipe):
+        return Plan(name, tuple(_rows_of_recipe(recipe_or_model, run)))
+    if not isinstance(recipe_or_model, keras.layers.Layer):
+        raise TypeError(f"A plan is made for a recipe or a tf.keras model, got {type(recipe_or_model).__name__}.")
+    return Plan(name, tuple(_rows_of_model(recipe_or_model, run, target if of_file else None)))
+
+
+def _rows_of_recipe(recipe: Recipe, run):
+    for path, decisions in recipe.of_layers().items():
+        weights, inputs = (
+            recipe.formats[decisions[tensor]] if tensor in decisions else costs.FLOAT.name
+            for tensor in ("weights", "activations")
+        )
+        yield Row(path, "", weights, inputs, run(weights, inputs))
+    for path in recipe.float_layers:
+        yield Row(path, "", costs.FLOAT.name, costs.FLOAT.name, run(costs.FLOAT.name, costs.FLOAT.name))
+
+
+def _rows_of_model(model, run, target: str | None):
+    network = getattr(model, "network", model)
+    for path, layer in walking.walk(network):
+        inner = walking.inside(layer)
+        kind = type(inner).__name__
+        reason = _why_no_file(path, layer, target)
+        if not layer_types.kernels(inner):
+            if reason:
+                yield Row(path, kind, "", "", Run(CANNOT, reason))
+            continue
+        for weights, inputs in _choices(layer):
+            yield Row(path, kind, weights, inputs, Run(CANNOT, reason) if reason else run(weights, inputs, kind))
+
+
+def _choices(layer) -> list[tuple[str, str]]:
+    """Pairs of formats that a layer has or may come to have."""
+    if not isinstance(layer, Quantized):
+        return [(costs.FLOAT.name, costs.FLOAT.name)]
+    weights = layer.weight_quantizers[0].space.names
+    if layer.activation_quantizer is None:
+        return [(w, costs.FLOAT.name) for w in weights]
+    inputs = layer.activation_quantizer.space.names
+    if len(weights) > 1 and layer.activation_decision == layer.weight_decision:
+        return [(w, w) for w in weights]
+    return [(w, a) for w in weights for a in inputs]
+
+
+def _why_no_file(path: str, layer, target: str | None) -> str:
+    """Why a file target has no form for a layer, whatever its formats; "" if it has."""
+    if target == "onnx" and not onnx_writer.takes(layer):
+        return f"no ONNX form for {type(walking.inside(layer)).__name__}; fliqs_tf.export.packed takes any layer"
+    if target == "tflite":
+        return lowering.why_not(path, layer)
+    return ""

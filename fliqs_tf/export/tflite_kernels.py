@@ -1,0 +1,48 @@
+"""Kernels and biases in the form that LiteRT's integer kernels take."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fliqs_tf.export.steps import Linear
+
+_LARGEST = 127
+# Biases are int32, and accumulators of a few thousand products must fit beside them.
+_LARGEST_BIAS = 2**30
+
+
+def with_int32_biases(path: str, linear: Linear, source_scale: float, target_scale: float):
+    """(scale, codes, bias as int32) with scales and biases that kernels can take.
+
+    Biases are multiples of (input scale * weight scale). Where batch normalization has nearly switched off a channel
+    that scale is too small for int32 to reach the bias: it grows until the bias fits, and the codes shrink with it,
+    which moves no sum by more than a few hundredths of an output step. A channel whose products are below a
+    thousandth of a step altogether loses its codes, so that its scale is not too small for the kernels either.
+
+    Raises:
+      ValueError: A weight or a bias is NaN or infinite; names the layer.
+    """
+    broken = ~np.isfinite(linear.bias) | ~np.isfinite(linear.scale)
+    if broken.any():
+        channel = int(np.argmax(broken))
+        raise ValueError(
+            f"Layer {path!r}: channel {channel} has the bias {linear.bias[channel]:.3g} and weights in steps of "
+            f"{linear.scale[channel]:.3g}, with batch normalization behind it. Train the model until they are finite."
+        )
+    codes, scale = linear.codes.copy(), linear.scale.copy()
+    reach = np.abs(codes.astype(np.int64)).sum(axis=tuple(range(codes.ndim - 1))) * _LARGEST
+    dead = reach * source_scale * scale < 1e-3 * target_scale
+    codes[..., dead] = 0
+    scale[dead] = target_scale / source_scale / 1024
+    least = np.abs(linear.bias) / (source_scale * _LARGEST_BIAS)
+    short = scale < least
+    codes[..., short] = np.rint(codes[..., short] * (scale[short] / least[short]))
+    scale[short] = least[short]
+    return scale, codes, np.rint(linear.bias / (source_scale * scale)).astype(np.int32)
+
+
+def arranged(operation: str, kernel: np.ndarray) -> np.ndarray:
+    """A kernel in LiteRT's order: [out, height, width, in], [1, height, width, out] or [out, in]."""
+    if operation == "conv":
+        return kernel.transpose(3, 0, 1, 2)
+    return kernel[None] if operation == "depthwise" else kernel.T

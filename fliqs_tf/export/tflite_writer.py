@@ -1,0 +1,474 @@
+"""A deployed model to one `.tflite` file with integer kernels.
+
+Every tensor between integer kernels is int8. What a code means:
+
+* INT8: value = scale * code, scale = amax / 127.
+* INT2 .. INT7 with largest code m: the kernel before writes value = scale * (code - z), scale = amax / m, with the zero
+  point z at which int8 ends where the format ends: z = 127 - m cuts off above m; where values can be negative, a
+  second tensor with z = m - 128 cuts off below -m. Then the codes are spread by k = 127 // m (scale / k, code * k),
+  which changes no value, but gives the accumulators and biases of the next kernel k times finer steps: LiteRT
+  rounds them, and coarse ones would show.
+
+Weights of 4 bits or fewer are int4 where there are kernels (CONV_2D, FULLY_CONNECTED), all others int8. Layers in float
+formats compute in float32 between DEQUANTIZE and QUANTIZE, on inputs that are not rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+
+from fliqs_tf._keras import check_model
+from fliqs_tf.export import boundaries, lowering, tflite_file, tflite_kernels
+from fliqs_tf.export.steps import Graph, Grid, Linear, Step, ones
+from fliqs_tf.export.tflite_file import TfliteFile
+from fliqs_tf.graph import rewriting
+from fliqs_tf.io import batches, files
+from fliqs_tf.layers import requantize
+
+_ACTIVATION = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType of the schema
+_PADDING = {"same": 0, "valid": 1}
+_LARGEST = 127
+_BATCH = 32  # examples of arrays that are computed at a time
+
+
+def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = True):
+    """Writes a deployed model to a `.tflite` file.
+
+    Args:
+      final: What `qmodel.deploy()` or `fliqs_tf.apply` gave, trained. Stays as it is.
+      path: The file to write. It is whole or not there.
+      representative: Examples, for the ranges of int8 tensors that a model trained without `target="tflite"` lacks:
+        arrays, or batches as a `tf.data.Dataset`, list or generator, labels or not; see `fliqs_tf.io.batches`. Enough
+        that typical extremes are among them: a few hundred.
+      int4: Store weights of 4 bits or fewer as int4, two to a byte, where there are kernels. XNNPACK has none for
+        convolutions: LiteRT's own are slower and round twice. False: one to a byte, faster and exact, twice the size.
+
+    Returns:
+      The Keras model that the file computes: `final` with its carriers (`fliqs_tf.export.boundaries`), biases as int32
+        can hold
+      them, and the rounding of the kernels that round in a way of their own. `check` of it shows whether the file is
+      right; `check` of `final` what the way to the file has cost.
+
+    Raises:
+      TypeError: The model is of the other Keras, or `representative` something else than examples.
+      ValueError: A layer or a format that TFLite does not have, or missing ranges; names the layer. Or examples that
+        do not fit the model.
+      ImportError: ai-edge-litert is not installed.
+    """
+    check_model(final)
+    try:
+        import ai_edge_litert  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
+    model = boundaries.with_carriers(rewriting.without(final, requantize.ROUNDINGS))
+    examples = None if representative is None else batches.read(representative, model, "representative")
+    boundaries.calibrate(model, examples and (batch.x for batch in examples.in_order(_BATCH)))
+    lowering.settle(model)
+    writer = _Writer(lowering.steps(model), int4)
+    content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return requantize.behind(model, writer.roundings)
+
+
+def as_shipped(model):
+    """A copy of a trained model with carriers that computes what its file will: see what `tflite` returns."""
+    model = boundaries.with_carriers(model)
+    lowering.settle(model)
+    writer = _Writer(lowering.steps(model), int4=True)
+    writer.run()
+    return requantize.behind(model, writer.roundings)
+
+
+class _Writer:
+    """Turns steps into tensors and operations."""
+
+    def __init__(self, graph: Graph, int4: bool):
+        self.graph, self.int4 = graph, int4
+        # Last call of a step -> class and state of what rounds behind it; several in a network that is called several
+        # times. Of a separable convolution's two kernels the second one's: there is no place between them.
+        self.roundings: dict[tuple[str, int], list[tuple[type, dict]]] = {}
+        self.file = TfliteFile()
+        self.readers = graph.readers()
+        self.floats: dict[int, int] = {}  # value -> float32 tensor
+        self.in_float: set[int] = set()  # values that are made in float32
+        self.codes: dict[int, dict[Grid, int]] = {}  # value -> int8 tensor by grid
+        self.shapes: dict[int, tuple] = {}
+        self.names: dict[int, str] = {}  # value -> the layer that makes it
+        self.constants: dict[tuple, int] = {}
+
+    def to_bytes(self, description: str) -> bytes:
+        """The file."""
+        return self.file.to_bytes(*self.run(), description)
+
+    def run(self) -> tuple[list[int], list[int]]:
+        """Writes every step; gives the tensors of inputs and outputs."""
+        inputs = []
+        for value, name, shape, dtype in self.graph.inputs:
+            if dtype != "float32":
+                raise ValueError(f"The input {name!r} is {dtype}; TFLite export takes float32 inputs.")
+            if None in shape:
+                raise ValueError(f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes.")
+            self.shapes[value], self.names[value] = shape, name
+            inputs.append(self.new_float(value, name))
+        for step in self.graph.steps:
+            self.shapes[step.output] = step.shapes[-1]
+            self.names[step.output] = step.path.removesuffix(boundaries.SUFFIX)
+            self.write(step)
+        return inputs, [self.as_float(value) for value in self.graph.outputs]
+
+    # ---- values as tensors
+
+    def as_float(self, value: int) -> int:
+        """The float32 tensor of a value."""
+        if value not in self.floats:
+            (grid,) = list(self.codes[value])[:1]
+            tensor = self.file.tensor(self.names[value], (-1, *self.shapes[value]), np.float32)
+            self.file.operation("DEQUANTIZE", [self.codes[value][grid]], [tensor])
+            self.floats[value] = tensor
+        return self.floats[value]
+
+    def new_float(self, value: int, name: str) -> int:
+        """A float32 tensor for a kernel to write a value to."""
+        self.in_float.add(value)
+        self.floats[value] = self.file.tensor(name, (-1, *self.shapes[value]), np.float32)
+        return self.floats[value]
+
+    def as_codes(self, value: int, grid: Grid) -> int:
+        """The int8 tensor of a value on a grid."""
+        if grid not in self.codes.setdefault(value, {}):
+            # From another grid by way of float: LiteRT's own step between two int8 tensors is off in 3 of 100 values.
+            before = self.given(value)
+            fits = before is not None and before.amax * np.float32(_LARGEST + 1) / before.largest < (
+                (grid.largest + 0.49) * grid.scale
+            )
+            raw = self._raw(value, grid, "clipped" if fits else "float")
+            self.file.operation("QUANTIZE", [self.as_float(value)], [raw[0]])
+            self._finish(value, grid, raw)
+        return self.codes[value][grid]
+
+    def new_codes(self, value: int, grid: Grid, activation: str) -> tuple[int, tflite_file.Grid, list]:
+        """A tensor for a kernel to write a value's codes to.
+
+        Returns:
+          Its index, its meaning, and what `finish` needs.
+        """
+        raw = self._raw(value, grid, activation)
+        return raw[0], raw[1], raw
+
+    def _raw(self, value, grid, activation):
+        """(tensor, meaning of its codes, zero points still to go through)."""
+        m = grid.largest
+        if m == _LARGEST or activation == "clipped":
+            zero_points = [0]
+        elif activation in ("relu", "relu6"):
+            zero_points = [_LARGEST - m]
+        else:
+            zero_points = [_LARGEST - m, m - _LARGEST - 1]
+        meaning = tflite_file.Grid(grid.scale, zero_points[0])
+        return self._int8(value, meaning), meaning, zero_points[1:]
+
+    def _finish(self, value, grid, raw) -> None:
+        """From what the kernel wrote to the codes that all readers take."""
+        tensor, _, zero_points = raw
+        last = [tflite_file.Grid(grid.scale, z) for z in zero_points]
+        if grid.spread > 1:
+            last.append(self.meaning(grid))
+        for meaning in last:
+            following = self._int8(value, meaning)
+            self.file.operation("QUANTIZE", [tensor], [following])
+            tensor = following
+        self.codes.setdefault(value, {})[grid] = tensor
+
+    def _int8(self, value, meaning: tflite_file.Grid) -> int:
+        return self.file.tensor(f"codes_{value}", (-1, *self.shapes[value]), np.int8, meaning)
+
+    @staticmethod
+    def meaning(grid: Grid) -> tflite_file.Grid:
+        """What the codes of `as_codes` mean."""
+        return tflite_file.Grid(grid.carried_scale)
+
+    def wanted(self, value: int) -> Grid | None:
+        """The grid that all readers of a value want its codes on; None if there is not exactly one."""
+        if value in self.graph.outputs:
+            return None
+        grids = set()
+        for reader in self.readers.get(value, ()):
+            if reader.kind == "quantize":
+                grids.add(reader.options["grid"])
+            elif _commutes(reader):
+                grids.add(self.wanted(reader.output))
+            else:
+                return None
+        (grid,) = grids if len(grids) == 1 else (None,)
+        return grid if grid is not None and boundaries.is_integer(grid.format) else None
+
+    def given(self, value: int) -> Grid | None:
+        """The grid of a value that is made in codes; those that readers of a float value round it to are theirs."""
+        return None if value in self.in_float else next(iter(self.codes.get(value, ())), None)
+
+    def constant(self, name: str, data, dtype, meaning=None) -> int:
+        data = np.asarray(data)
+        return self.file.tensor(name, data.shape, dtype, meaning, data)
+
+    # ---- steps
+
+    def write(self, step: Step) -> None:
+        """Appends the operations of a step."""
+        if step.kind == "quantize":
+            self.quantize(step)
+        elif _commutes(step):
+            self.move(step)
+        else:
+            grids = [self.given(value) for value in step.inputs]
+            target = self.wanted(step.output)
+            writer = getattr(self, f"integer_{step.kind}", None)
+            if writer is not None and None not in grids and target is not None and self.has_integer(step):
+                tensor, meaning, raw = self.new_codes(step.output, target, step.activation)
+                writer(step, grids, tensor, meaning)
+                self._finish(step.output, target, raw)
+            else:
+                getattr(self, f"float_{step.kind}")(step, self.new_float(step.output, step.path))
+
+    @staticmethod
+    def has_integer(step: Step) -> bool:
+        """True if the step's weights, window and number of inputs have an integer kernel."""
+        if step.kind == "linear":
+            return step.linear.codes is not None
+        if step.kind == "affine":
+            return len(step.shapes[0]) == 3
+        if step.kind == "average_pool":
+            return step.options["padding"] == "valid"
+        if step.kind == "mean":
+            return len(step.shapes[0]) == 3
+        if step.kind in ("add", "multiply"):
+            return len(step.inputs) == 2
+        return True
+
+    def rounds(self, step: Step, rounding: tuple[type, dict]) -> None:
+        """Notes what rounds behind a step."""
+        if step.last is not None:
+            self.roundings.setdefault(step.last, []).append(rounding)
+
+    def quantize(self, step: Step) -> None:
+        """A value takes a grid."""
+        (value,), grid = step.inputs, step.options["grid"]
+        if boundaries.is_integer(grid.format):
+            self.codes[step.output] = {grid: self.as_codes(value, grid)}
+        elif value in self.floats or not self.codes.get(value):
+            self.floats[step.output] = self.as_float(value)
+        else:  # a float format: no rounding, the layer that follows reads what there is
+            self.codes[step.output] = dict(self.codes[value])
+
+    def move(self, step: Step) -> None:
+        """An operation that only moves or picks values, on codes if it can."""
+        grid = self.wanted(step.output)
+        given = {self.given(value) for value in step.inputs}
+        if grid is None and len(given) == 1:
+            (grid,) = given
+        if grid is None:
+            inputs = [self.as_float(value) for value in step.inputs]
+            output = self.new_float(step.output, step.path)
+        else:
+            inputs = [self.as_codes(value, grid) for value in step.inputs]
+            output = self._int8(step.output, self.meaning(grid))
+            self.codes[step.output] = {grid: output}
+        getattr(self, f"move_{step.kind}")(step, inputs, output)
+
+    def move_max_pool(self, step, inputs, output):
+        self.file.operation("MAX_POOL_2D", inputs, [output], **_pool(step))
+
+    def move_max(self, step, inputs, output):
+        axes = self.constant("axes", [1, 2], np.int32)
+        self.file.operation("REDUCE_MAX", [*inputs, axes], [output], keepDims=step.options["keepdims"])
+
+    def move_reshape(self, step, inputs, output):
+        shape = self.constant("shape", [-1, *step.shapes[-1]], np.int32)
+        self.file.operation("RESHAPE", [*inputs, shape], [output], newShape=[-1, *step.shapes[-1]])
+
+    def move_pad(self, step, inputs, output):
+        padding = self.constant("padding", [(0, 0), *step.options["padding"], (0, 0)], np.int32)
+        self.file.operation("PAD", [*inputs, padding], [output])
+
+    def move_upsample(self, step, inputs, output):
+        size = self.constant("size", step.shapes[-1][:2], np.int32)
+        self.file.operation(
+            "RESIZE_NEAREST_NEIGHBOR", [*inputs, size], [output], alignCorners=False, halfPixelCenters=False
+        )
+
+    def move_concatenate(self, step, inputs, output):
+        self.file.operation("CONCATENATION", inputs, [output], axis=step.options["axis"], fusedActivationFunction=0)
+
+    def move_activation(self, step, inputs, output):
+        self.file.operation(step.options["function"].upper(), inputs, [output])
+
+    # ---- integer kernels
+
+    def integer_linear(self, step, grids, tensor, meaning):
+        value, linear = step.inputs[0], step.linear
+        source = self.as_codes(value, grids[0])
+        scale, codes, bias = tflite_kernels.with_int32_biases(
+            step.path, linear, float(self.meaning(grids[0]).scale), float(meaning.scale)
+        )
+        self.kernel(step, linear, source, self.meaning(grids[0]), codes, scale, bias, tensor, meaning)
+
+    def kernel(self, step, linear: Linear, source, meaning, codes, scale, bias, tensor, target):
+        """The operation of integer weights."""
+        axis = 3 if linear.operation == "depthwise" else 0
+        narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
+        is_litert = narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
+        rounding = requantize.twice if is_litert else requantize.once
+        self.rounds(step, rounding(meaning.scale, scale, target.scale))
+        weights = self.constant(
+            f"{step.path}/weights",
+            tflite_kernels.arranged(linear.operation, codes),
+            "int4" if narrow else np.int8,
+            tflite_file.Grid(scale.astype(np.float32), 0, axis),
+        )
+        biases = self.constant(
+            f"{step.path}/bias",
+            bias,
+            np.int32,
+            tflite_file.Grid(np.float32(meaning.scale) * scale.astype(np.float32)),
+        )
+        self.linear_operation(step, linear.operation, [source, weights, biases], tensor)
+
+    def linear_operation(self, step, operation, inputs, tensor):
+        activation = {"fusedActivationFunction": _ACTIVATION[step.activation]}
+        if operation == "dense":
+            keep = {"keepNumDims": True} if len(step.shapes[0]) > 1 else {}
+            self.file.operation("FULLY_CONNECTED", inputs, [tensor], **activation, **keep)
+        else:
+            window = _window(step)
+            depthwise = {"depthMultiplier": step.shapes[-1][-1] // step.shapes[0][-1]} if operation != "conv" else {}
+            name = "CONV_2D" if operation == "conv" else "DEPTHWISE_CONV_2D"
+            self.file.operation(name, inputs, [tensor], **window, **depthwise, **activation)
+
+    def integer_affine(self, step, grids, tensor, meaning):
+        """Gain and offset per channel: a 1x1 depthwise kernel whose scales are the gains."""
+        gain = step.options["gain"]
+        linear = ones((1, 1), len(gain)).then(gain, step.options["offset"])
+        window = {"strides": (1, 1), "padding": "valid", "dilation": (1, 1)}
+        step = dataclasses.replace(step, kind="linear", linear=linear, options=window)
+        self.integer_linear(step, grids, tensor, meaning)
+
+    def integer_average_pool(self, step, grids, tensor, meaning):
+        """A depthwise kernel of ones: AVERAGE_POOL_2D would round to the steps of its input."""
+        size = step.options["size"]
+        linear = ones(size, step.shapes[0][-1])
+        linear = linear.then(np.full(step.shapes[0][-1], 1 / (size[0] * size[1])), 0.0)
+        window = {"strides": step.options["strides"], "padding": "valid", "dilation": (1, 1)}
+        step = dataclasses.replace(step, kind="linear", linear=linear, options=window)
+        self.integer_linear(step, grids, tensor, meaning)
+
+    def integer_mean(self, step, grids, tensor, meaning):
+        axes = self.constant("axes", [1, 2], np.int32)
+        source = self.as_codes(step.inputs[0], grids[0])
+        self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
+        height, width, _ = step.shapes[0]
+        rounding = requantize.once(self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning.scale)
+        self.rounds(step, rounding)
+
+    def integer_add(self, step, grids, tensor, meaning):
+        self._binary("ADD", step, grids, tensor)
+
+    def integer_multiply(self, step, grids, tensor, meaning):
+        self._binary("MUL", step, grids, tensor)
+        left, right = (self.meaning(grid).scale for grid in grids)
+        self.rounds(step, requantize.once(left, np.full(1, right), meaning.scale))
+
+    def _binary(self, name, step, grids, tensor):
+        left, right = (self.as_codes(value, grid) for value, grid in zip(step.inputs, grids))
+        options = {"fusedActivationFunction": _ACTIVATION[step.activation]}
+        self.file.operation(name, [left, right], [tensor], **options)
+
+    # ---- float kernels
+
+    def float_linear(self, step, tensor):
+        linear = step.linear
+        name = f"{step.path}/weights"
+        if linear.codes is None:
+            weights = self.constant(name, tflite_kernels.arranged(linear.operation, linear.values), np.float32)
+        else:
+            axis = 3 if linear.operation == "depthwise" else 0
+            codes = tflite_kernels.arranged(linear.operation, linear.codes)
+            meaning = tflite_file.Grid(np.maximum(linear.scale.astype(np.float32), np.finfo(np.float32).tiny), 0, axis)
+            stored = self.constant(name, codes, np.int8, meaning)
+            weights = self.file.tensor(name, codes.shape, np.float32)
+            self.file.operation("DEQUANTIZE", [stored], [weights])
+        bias = self.constant(f"{step.path}/bias", linear.bias, np.float32)
+        self.linear_operation(step, linear.operation, [self.as_float(step.inputs[0]), weights, bias], tensor)
+
+    def float_affine(self, step, tensor):
+        gain, offset = (self.constant(f"{step.path}/{n}", step.options[n], np.float32) for n in ("gain", "offset"))
+        product = self.file.tensor(step.path, (-1, *step.shapes[-1]), np.float32)
+        self.file.operation("MUL", [self.as_float(step.inputs[0]), gain], [product], fusedActivationFunction=0)
+        self.file.operation("ADD", [product, offset], [tensor], fusedActivationFunction=_ACTIVATION[step.activation])
+
+    def float_activation(self, step, tensor):
+        function, source = step.options["function"], self.as_float(step.inputs[0])
+        if function == "softmax":
+            self.file.operation("SOFTMAX", [source], [tensor], beta=1.0)
+        elif function == "sigmoid":
+            self.file.operation("LOGISTIC", [source], [tensor])
+        elif function == "tanh":
+            self.file.operation("TANH", [source], [tensor])
+        elif function == "silu":
+            gate = self.file.tensor(step.path, (-1, *step.shapes[-1]), np.float32)
+            self.file.operation("LOGISTIC", [source], [gate])
+            self.file.operation("MUL", [source, gate], [tensor], fusedActivationFunction=0)
+        else:  # "linear": a layer that does nothing makes an output
+            shape = self.constant("shape", [-1, *step.shapes[-1]], np.int32)
+            self.file.operation("RESHAPE", [source, shape], [tensor], newShape=[-1, *step.shapes[-1]])
+
+    def float_identity(self, step, tensor):
+        self.float_activation(dataclasses.replace(step, options={"function": "linear"}), tensor)
+
+    def float_average_pool(self, step, tensor):
+        self.file.operation("AVERAGE_POOL_2D", [self.as_float(step.inputs[0])], [tensor], **_pool(step))
+
+    def float_mean(self, step, tensor):
+        axes = self.constant("axes", [1, 2], np.int32)
+        source = self.as_float(step.inputs[0])
+        self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
+
+    def float_add(self, step, tensor):
+        self._float_binary("ADD", step, tensor)
+
+    def float_multiply(self, step, tensor):
+        self._float_binary("MUL", step, tensor)
+
+    def _float_binary(self, name, step, tensor):
+        left, *rest = (self.as_float(value) for value in step.inputs)
+        for i, right in enumerate(rest, 1):
+            last = i == len(rest)
+            result = tensor if last else self.file.tensor(step.path, (-1, *step.shapes[-1]), np.float32)
+            activation = _ACTIVATION[step.activation] if last else 0
+            self.file.operation(name, [left, right], [result], fusedActivationFunction=activation)
+            left = result
+
+
+def _commutes(step: Step) -> bool:
+    if step.kind == "activation":
+        return step.options["function"] in ("relu", "relu6")
+    return step.kind in ("max_pool", "max", "reshape", "pad", "upsample", "concatenate")
+
+
+def _window(step) -> dict:
+    (h, w), (dh, dw) = step.options["strides"], step.options["dilation"]
+    return {
+        "padding": _PADDING[step.options["padding"]],
+        "strideH": h,
+        "strideW": w,
+        "dilationHFactor": dh,
+        "dilationWFactor": dw,
+    }
+
+
+def _pool(step) -> dict:
+    (h, w), (sh, sw) = step.options["size"], step.options["strides"]
+    padding = _PADDING[step.options["padding"]]
+    return {"padding": padding, "strideH": sh, "strideW": sw, "filterHeight": h, "filterWidth": w}

@@ -1,0 +1,123 @@
+"""Layers put into a copy of a network, or taken out, by editing the network's configuration."""
+
+from __future__ import annotations
+
+from fliqs_tf._keras import IS_KERAS_3, keras
+from fliqs_tf.export import boundaries
+from fliqs_tf.export.boundaries import CarrierModel, CarrierSequential
+from fliqs_tf.graph import copies, dataflow, walking
+from fliqs_tf.layers.quantizers import ActivationQuantizer
+
+_LAYERS = keras.layers
+
+
+def last_name(path: str) -> str:
+    """The name of a layer, from its path."""
+    return path.rpartition("/")[2]
+
+
+def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset()) -> keras.Model:
+    """A copy of a network with layers put behind some of its own, and others taken out.
+
+    Args:
+      model: Functional or Sequential.
+      added: Path of a layer -> layers to put behind each of its calls, one after the other; or (path, which of its
+        calls) -> layers to put behind that one.
+      removed: Paths of layers that read one value and change no shape.
+
+    Raises:
+      ValueError: The network has a layer of such a name.
+    """
+    used = {last_name(path) for path, _ in walking.walk(model)}
+    clash = [layer.name for layers in added.values() for layer in layers if layer.name in used]
+    if clash:
+        raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
+    config = _edited(model.get_config(), "", added, removed)
+    carried = boundaries.has_carriers(model) or any(
+        isinstance(n, ActivationQuantizer) for news in added.values() for n in news
+    )
+    kinds = (CarrierModel, CarrierSequential) if carried else (keras.Model, keras.Sequential)
+    with copies.scope(model):
+        copy = kinds[isinstance(model, keras.Sequential)].from_config(config)
+    if not copy.built:
+        copy.build((None, *model.inputs[0].shape[1:]))
+    made = dict(walking.walk(copy))
+    for path, layer in walking.walk(model):
+        if path in made:
+            copies.keep_functions(walking.inside(layer), walking.inside(made[path]))
+            if layer.weights:
+                made[path].set_weights(layer.get_weights())
+    if carried:
+        boundaries.link(copy)
+    return copy
+
+
+def without(model: keras.Model, cls: type) -> keras.Model:
+    """A copy of a network without the layers of a class that read one value and change no shape."""
+    paths = [path for path, layer in walking.walk(model) if isinstance(layer, cls)]
+    return with_added(model, {}, set(paths)) if paths else model
+
+
+def _edited(config: dict, prefix: str, added: dict, removed: set[str]) -> dict:
+    """The configuration of a network with layers put in; what read the ones before reads them instead."""
+    entries: list[dict] = []
+    sources: dict[str, dict[int, tuple[str, int]]] = {}  # layer -> which of its calls -> whose call is read instead
+    names = {entry.get("name") for entry in config["layers"]}
+    for entry in config["layers"]:
+        name = entry.get("name") or entry["config"]["name"]
+        path = prefix + name
+        if path in removed:
+            for i, node in enumerate(entry.get("inbound_nodes", ())):
+                ((source, call, _),) = dataflow.references(node, names)
+                sources.setdefault(name, {})[i] = (source, call)
+            continue
+        entry = dict(entry)
+        if "layers" in entry["config"]:
+            entry["config"] = _edited(entry["config"], f"{path}/", added, removed)
+        news = added.get(path, [])
+        if news and entry["class_name"] == "Quantized" and isinstance(news[0], _LAYERS.Activation):
+            layer = dict(entry["config"]["layer"])
+            layer["config"] = {**layer["config"], "activation": "linear"}
+            entry["config"] = {**entry["config"], "layer": layer, "functions": {}}
+        entries.append(entry)
+        calls = range(max(1, len(entry.get("inbound_nodes", ()))))
+        for place, read in ((path, calls), *(((path, i), [i]) for i in calls)):
+            before = [(name, i) for i in read]
+            for new in added.get(place, ()):
+                made = {**keras.saving.serialize_keras_object(new), "name": new.name}
+                if "inbound_nodes" in entry:
+                    made["inbound_nodes"] = [_reading(*call) for call in before]
+                entries.append(made)
+                before = [(new.name, i) for i in range(len(before))]
+            if place in added:
+                sources.setdefault(name, {}).update(zip(read, before))
+    own = {layer.name for layers in added.values() for layer in layers}
+    entries = [
+        entry
+        if "inbound_nodes" not in entry or entry["name"] in own
+        else {**entry, "inbound_nodes": _rewired(entry["inbound_nodes"], sources)}
+        for entry in entries
+    ]
+    ends = {"output_layers": _rewired(config["output_layers"], sources)} if "output_layers" in config else {}
+    return {**config, "layers": entries, **ends}
+
+
+def _reading(name: str, call: int):
+    """How the configuration of a call on one value looks."""
+    if not IS_KERAS_3:
+        return [[name, call, 0, {}]]
+    history = {"shape": [None], "dtype": "float32", "keras_history": [name, call, 0]}
+    return {"args": [{"class_name": "__keras_tensor__", "config": history}], "kwargs": {}}
+
+
+def _rewired(config, sources: dict[str, dict[int, tuple[str, int]]]):
+    if dataflow.is_reference(config, sources):
+        name, call = config[:2]
+        while call in sources.get(name, ()):
+            name, call = sources[name][call]
+        return [name, call, config[2], *(_rewired(item, sources) for item in config[3:])]
+    if isinstance(config, dict):
+        return {key: _rewired(item, sources) for key, item in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [_rewired(item, sources) for item in config]
+    return config

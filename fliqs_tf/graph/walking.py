@@ -1,0 +1,174 @@
+"""The layers of a model, by path: through nested networks, composite layers and wrappers."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterator
+
+from fliqs_tf._keras import attributes, keras, weights_of_attributes
+from fliqs_tf.graph import layer_types
+
+_LAYERS = keras.layers
+# Their layers run in loops, or with weights that are not their own: what they compute cannot be read off their calls.
+_CLOSED = (_LAYERS.RNN, _LAYERS.TimeDistributed, _LAYERS.SpectralNormalization)
+
+
+def attention_products(model: keras.Model) -> list[tuple[str, tuple[int, str]]]:
+    """(path, (id of the attention layer, name)) of the products in the attention layers of a model."""
+    root = composite_root(model) if is_network(model) else inside(model)
+    found = [("", root)] * (root is not None) + [(f"{path}/", inside(layer)) for path, layer in walk(model)]
+    return [(prefix + name, (id(layer), name)) for prefix, layer in found for name, _, _ in layer_types.products(layer)]
+
+
+def is_graph(layer: keras.layers.Layer) -> bool:
+    """True for a model that is a graph of layers: Functional, Sequential, and classes made from these."""
+    return isinstance(layer, keras.Sequential) or (
+        isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
+    )
+
+
+def is_network(layer: keras.layers.Layer) -> bool:
+    """True for a graph that is no more than its layers: it can be copied layer by layer.
+
+    Any other layer that holds layers is composite: also a graph whose class has a `get_config` or `call` of its own, as
+    the models of keras_hub do.
+    """
+    own = (getattr(type(layer), method).__module__.split(".")[0] for method in ("get_config", "call"))
+    return is_graph(layer) and set(own) == {keras.__name__}
+
+
+def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
+    """(place, layer) of the layers that a layer is directly made of, [] for one that stands for itself.
+
+    The place of a layer in a graph is its index, "3"; elsewhere the attribute that holds it, and the index or key in a
+    list, tuple or dict there: "dense", "blocks/3".
+    """
+    layer = inside(layer)
+    if layer_types.kernels(layer) or layer_types.is_product(layer) or isinstance(layer, (_LAYERS.InputLayer, *_CLOSED)):
+        return []
+    graph = [content(child) for child in layer.layers] if is_graph(layer) else []
+    found: dict[int, tuple[str, keras.layers.Layer]] = {}
+    for place, child in () if is_network(layer) else _held("", attributes(layer)):
+        found.setdefault(id(child), (place, child))
+    in_graph = {id(child): found.get(id(child), (str(index), child)) for index, child in enumerate(graph)}
+    return list({**in_graph, **found}.values())
+
+
+def is_annotation(layer: keras.layers.Layer) -> bool:
+    """True for what TensorFlow Model Optimization puts around a layer that is to be quantized (known by its name:
+    that package is large, and need not be there)."""
+    return type(layer).__name__ == "QuantizeAnnotate"
+
+
+def content(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """What a wrapper of TensorFlow Model Optimization stands for: the layer that it annotates, or the `Quantized` that
+    computes in it. Any other layer stands for itself."""
+    if is_annotation(layer):
+        return layer.layer
+    return getattr(getattr(layer, "quantize_config", None), "quantized", None) or layer
+
+
+def annotations(network: keras.Model, prefix: str = "") -> dict[str, object]:
+    """Layer path -> its `QuantizeConfig` or None, of the layers that TensorFlow Model Optimization annotated."""
+    found = {}
+    for layer in network.layers:
+        if is_annotation(layer):
+            found[f"{prefix}{layer.layer.name}"] = layer.quantize_config
+        elif is_network(layer):
+            found |= annotations(layer, f"{prefix}{layer.name}/")
+    return found
+
+
+def _held(place: str, value) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(place, layer) of the layers in the value of an attribute."""
+    if isinstance(value, keras.layers.Layer):
+        if not isinstance(value, keras.metrics.Metric):  # a layer in tf_keras
+            yield place.strip("/_"), value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _held(f"{place}/{key}", entry)
+    elif isinstance(value, (list, tuple)):
+        for index, entry in enumerate(value):
+            yield from _held(f"{place}/{index}", entry)
+
+
+def composite_root(network: keras.Model) -> keras.layers.Layer | None:
+    """The composite layer of the network's own name that is all there is to it, None for another network."""
+    layers = [layer for layer in network.layers if not isinstance(layer, _LAYERS.InputLayer)]
+    if len(layers) == 1 and layers[0].name == network.name and not is_network(layers[0]) and children(layers[0]):
+        return inside(layers[0])
+    return None
+
+
+def _is_automatic(layer) -> bool:
+    """True if the name is one that Keras gives: the class and a number that depends on what was made before."""
+    layer = inside(layer)
+    stem = re.sub(r"_\d+$", "", layer.name).replace("_", "").removeprefix("private")
+    classes = ("functional", "model") if is_network(layer) else ()
+    return stem in (type(layer).__name__.replace("_", "").lower(), *classes)
+
+
+def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of every layer of a model or layer, each once, in the model's order.
+
+    Goes into nested networks and composite layers. A path is made of names: "encoder/block_3/attention/query". In a
+    composite layer the place of a layer stands for a name that Keras gave, which depends on what was made before, or
+    that another layer there has too: "blocks/3". A network that is nothing but one composite layer of its own name adds
+    nothing: "dense", not "net/dense".
+
+    Args:
+      model: Where to start; it does not come out itself.
+      networks: Nested networks come out too, as composite layers do, before what they are made of.
+    """
+    seen = set()
+
+    def visit(layer, prefix, in_composite):
+        if is_network(layer) and (root := composite_root(layer)) is not None:
+            layer = root
+        in_composite = in_composite or not is_network(layer)
+        parts = children(layer)
+        names = collections.Counter(child.name for _, child in parts)
+        for place, child in parts:
+            if id(child) not in seen:
+                seen.add(id(child))
+                by_place = in_composite and (names[child.name] > 1 or _is_automatic(child))
+                path = prefix + (place if by_place else child.name)
+                if networks or not is_network(child):
+                    yield path, child
+                yield from visit(child, f"{path}/", in_composite)
+
+    return visit(model, "", False)
+
+
+def inside(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The layer inside one of this package's wrappers; others (TimeDistributed) stay what they are."""
+    return getattr(layer, "quantized_layer", getattr(layer, "composite_layer", layer))
+
+
+def quantizable(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of the layers that have kernels. A layer that was never called has none yet."""
+    return [(path, layer) for path, layer in walk(model) if layer.built and layer_types.kernels(layer)]
+
+
+def embeddings(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of the embeddings whose tables can be quantized."""
+    return [(path, layer) for path, layer in walk(model) if layer.built and layer_types.table(layer)]
+
+
+def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of layers that multiply by weights but whose class is not known, such as LSTM or Embedding."""
+    return [
+        (path, layer)
+        for path, layer in walk(model)
+        if not layer_types.kernels(layer)
+        and not hasattr(layer, "quantized_layer")
+        and any(len(w.shape) > 1 for w in own_weights(inside(layer)))
+    ]
+
+
+def own_weights(layer: keras.layers.Layer) -> list:
+    """The weights of a layer without those of its `children`."""
+    layer = getattr(layer, "composite_layer", layer)
+    weights = weights_of_attributes(layer) if children(layer) else layer.weights
+    return [weight for weight in weights if hasattr(weight, "shape")]  # a vocabulary of tf_keras has none

@@ -1,0 +1,127 @@
+"""Layers that are made of layers, some of them quantized: attention, transformer blocks, subclassed models."""
+
+from __future__ import annotations
+
+import inspect
+
+import tensorflow as tf
+
+from fliqs_tf._keras import keras, replace_layers
+from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.layers.attention import place
+from fliqs_tf.layers.quantized import Quantized
+
+ARGUMENTS = ("weight_formats", "activation_formats", "weight_decision", "activation_decision")
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class Composite(keras.layers.Layer):
+    """Wraps a layer made of layers; some of these are replaced by `Quantized` ones on their owner.
+
+    It is called as the layer inside is. Its config holds the layer as it was and what to replace, so that a saved
+    model loads again with its quantized parts.
+
+    Args:
+      layer: A layer or subclassed model that holds layers in attributes, or in lists, tuples and dicts there. It
+        belongs to the wrapper from then on.
+      parts: {path of a layer inside, as `walking.walk` gives it: arguments of `Quantized` without the layer}. The path
+        of an attention layer and "/scores" or "/context" stand for its products: arguments of `attention.place`.
+
+    Raises:
+      ValueError: At its first call, if the layer has no part of such a path.
+    """
+
+    def __init__(self, layer, parts, **kwargs):
+        def call(*args, **kwargs):
+            return self.layer(*args, **kwargs)
+
+        # Keras reads off the signature what to pass: masks, training, shapes.
+        call.__signature__ = inspect.signature(layer.call)
+        config = keras.saving.serialize_keras_object(layer)  # before its parts are replaced
+        config.pop("build_config", None)
+        parts = {path: dict(arguments) for path, arguments in parts.items()}
+        for name, value in (("call", call), ("_layer_config", config), ("_parts", parts)):
+            object.__setattr__(self, name, value)  # past the attribute tracking
+        autocast = getattr(layer, "autocast", getattr(layer, "_autocast", True))
+        super().__init__(**{"name": layer.name, "dtype": layer.dtype_policy, "autocast": autocast, **kwargs})
+        self.layer = layer
+        self.supports_masking = getattr(layer, "supports_masking", False)
+        self._compute_output_and_mask_jointly = True  # tf_keras would take the masks off the outputs
+        self._replaced = False
+
+    @property
+    def composite_layer(self):
+        """The layer inside."""
+        return self.layer
+
+    @property
+    def layer_config(self) -> dict:
+        """Config of the layer inside, of before its parts were replaced."""
+        return self._layer_config["config"]
+
+    def __call__(self, *args, **kwargs):
+        if not self._replaced:
+            self._build_inside(args, kwargs)
+            self._replace()
+            self._replaced = True
+        return super().__call__(*args, **kwargs)
+
+    def _build_inside(self, args, kwargs):
+        """Many layers make their parts when they are first called."""
+        if not self.layer.built:
+            args, kwargs = tf.nest.map_structure(_placeholder, (args, kwargs))
+            with tf.init_scope():
+                self.layer(*args, **kwargs)
+
+    def _replace(self):
+        there = dict(walking.walk(self.layer))
+        attention = {"": self.layer, **dict(walking.walk(self.layer, networks=True))}
+        of_attention = {
+            layer: {name: self._parts[path] for path, name in _product_paths(path, layer) if path in self._parts}
+            for path, layer in attention.items()
+            if layer_types.products(layer)
+        }
+        known = {path for path, layer in attention.items() for path, _ in _product_paths(path, layer)}
+        missing = [path for path in self._parts if path not in there and path not in known]
+        if missing:
+            raise ValueError(f"Layer {self.name!r} has no part {missing[0]!r}. Its parts: {', '.join(there)}.")
+        new = {id(there[path]): quantized(there[path], part) for path, part in self._parts.items() if path in there}
+        owners = [
+            self.layer,
+            *(layer for _, layer in walking.walk(self.layer, networks=True) if walking.children(layer)),
+        ]
+        for owner in owners:
+            replace_layers(owner, new)
+        for layer, arguments in of_attention.items():
+            if arguments:
+                place(layer, arguments)
+
+    def compute_mask(self, inputs, mask=None):
+        return None  # the call of the layer inside has put it on the outputs
+
+    def get_build_config(self):
+        return None  # its first call builds it
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "layer": self._layer_config, "parts": self._parts}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects=custom_objects)
+        return cls(**{**config, "layer": layer})
+
+
+def _product_paths(path: str, layer) -> list[tuple[str, str]]:
+    """(path, name) of the products of a layer of that path."""
+    return [(f"{path}/{name}" if path else name, name) for name, _, _ in layer_types.products(layer)]
+
+
+def _placeholder(value):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return keras.Input(batch_shape=tuple(value.shape), dtype=value.dtype)
+    return value
+
+
+def quantized(layer, arguments: dict) -> Quantized:
+    """A layer with quantized kernels and input. Args: the layer, and what `Quantized` takes beside it."""
+    return Quantized(layer, **arguments, name=layer.name, dtype=layer.dtype_policy)

@@ -1,0 +1,193 @@
+"""Weight and activation quantizers: tensor -> fake-quantized tensor, in the format that a decision has chosen.
+
+A quantizer holds a menu. With one format it is fixed; with several it reads its `choice`, an int32 variable that the
+search assigns. Either way the same kernel runs, so a format gives the same bits during the search and after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import replicas
+from fliqs_tf._keras import add_state, keras
+from fliqs_tf.numerics import rounding
+from fliqs_tf.numerics.space import Space
+
+RANGE_MOMENTUM = 0.99
+# Of the weight that an average over many batches has: from there on (69 batches) a frozen quantizer keeps its range.
+SETTLED = 0.5
+_in_step = contextvars.ContextVar("in_step", default=False)
+
+
+@contextlib.contextmanager
+def training_step():
+    """Within it, while a training step is traced, ranges follow the data also where `training` is False.
+
+    A network inside another may be called so, for its batch normalization to keep what it has learned. Ranges that the
+    data never sets would leave the outputs of such a network to the batch at work.
+    """
+    token = _in_step.set(True)
+    try:
+        yield
+    finally:
+        _in_step.reset(token)
+
+
+class Quantizer(keras.layers.Layer):
+    """What weight and activation quantizers share: a menu, and the choice of a format from it.
+
+    Args:
+      formats: The menu, anything that `Space` takes.
+      choice: Variable to read the choice from, of a quantizer that follows the same decision. None: one of its own.
+    """
+
+    def __init__(self, formats, choice=None, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
+        self.space = Space(formats)
+        self._rows = np.stack([rounding.row(f) for f in self.space.formats])
+        self.choice = choice
+        if choice is None and len(self.space) > 1:
+            # Until a search says otherwise, the widest format.
+            self.choice = add_state(self, "choice", (), "int32", initial=len(self.space) - 1)
+        # A variable for a fixed format too: what an optimizer of graphs takes for a constant it computes with, and
+        # the bits would not be those of the search.
+        self._row = add_state(self, "row", (rounding.ROW_SIZE,), "float32") if self.choice is None else None
+        if self._row is not None:
+            self._row.assign(self._rows[0])
+        self.supports_masking = True
+        self.built = True
+
+    def format_row(self) -> tf.Tensor:
+        """Kernel row of the chosen format: float32 [rounding.ROW_SIZE]."""
+        if self.choice is None:
+            return tf.convert_to_tensor(self._row)
+        return tf.gather(tf.constant(self._rows), tf.convert_to_tensor(self.choice))
+
+    def pass_through(self) -> None:
+        """Rounds no more: for a fixed float format that a platform computes in float32."""
+        self._row.assign(rounding.row("FP32"))
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        config.pop("dtype", None)
+        return {**config, "formats": list(self.space.names)}
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class WeightQuantizer(Quantizer):
+    """Quantizes a weight with one scale per output channel, amax taken from the current weight at every step.
+
+    Args:
+      formats: The menu, anything that `Space` takes.
+      channel_axes: Axes of the weight that hold output channels.
+    """
+
+    def __init__(self, formats, channel_axes=(-1,), **kwargs):
+        super().__init__(formats, **kwargs)
+        self.channel_axes = tuple(channel_axes)
+
+    def call(self, weight):
+        amax = rounding.absolute_max(weight, self.channel_axes)
+        return rounding.quantize(weight, amax, self.format_row(), saturates=False)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "channel_axes": list(self.channel_axes)}
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class ActivationQuantizer(Quantizer):
+    """Quantizes an activation with one scale per tensor, amax from a moving average of the batches' amax.
+
+    The average is zero-debiased: `range` holds the average and the decayed sum of weights. It moves in training only:
+    where `training` is True, and everywhere in a step of a `SearchModel`. A quantizer that is frozen (`trainable` is
+    False, or that of the layer around it) keeps a range that has settled, `SETTLED`; a younger one follows the data
+    until then. Where layers before a frozen one go on learning, freeze what is inside, `layer.quantized_layer`.
+
+    Before any training, amax is the batch's own; `fliqs_tf.layers.ranges.calibrate` sets it without training. Under a
+    distribution strategy the batch is that of all replicas.
+
+    Args:
+      formats: The menu, anything that `Space` takes. All formats share the range.
+      momentum: Decay of the moving average, per training step (our choice: 0.99).
+      clip: Factor on amax, in (0, 1]: less than 1 clips the largest values for the sake of the others. An attribute,
+        too: set it on the quantizers of a wrapped model before the training.
+
+    Raises:
+      ValueError: momentum outside [0, 1) or clip outside (0, 1].
+    """
+
+    def __init__(self, formats, momentum=RANGE_MOMENTUM, clip=1.0, **kwargs):
+        super().__init__(formats, **kwargs)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+        if not 0 < clip <= 1:
+            raise ValueError(f"clip must be in (0, 1], got {clip}.")
+        self.momentum, self.clip = momentum, clip
+        self.range = add_state(self, "range", (2,), "float32")
+        # Functions, not layers: a quantizer belongs to its own layer, whoever it follows.
+        self.__dict__["_followers"], self.__dict__["_follows"] = [], False
+
+    def follow(self, leader: ActivationQuantizer) -> None:
+        """Takes the range of a quantizer that rounds the same values before this one does, now and in training."""
+        if leader.range[1] > 0:
+            self.range.assign(leader.range)
+        if not self._follows:
+            leader._followers.append(self.range.assign)
+            self.__dict__["_follows"] = True
+
+    @property
+    def follows(self) -> bool:
+        """True if it takes the range of another quantizer."""
+        return self._follows
+
+    def call(self, x, training=False, trainable=None):
+        """`trainable` is that of a layer around it that Keras does not know to be around it; None: its own."""
+        if (training or _in_step.get()) and not self._follows:
+            largest, amax = self.observe(x, self.trainable if trainable is None else trainable)
+            amax = amax * self.clip
+            return rounding.quantize(x, amax, self.format_row(), saturates=largest > amax)
+        return rounding.quantize(x, _amax(x, tf.convert_to_tensor(self.range)) * self.clip, self.format_row())
+
+    def observe(self, x, trainable: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
+        """Moves the range, and those that follow it, by one batch; gives its largest magnitude and the amax by now."""
+        seen = tf.convert_to_tensor(self.range)
+        largest = replicas.maximum(rounding.absolute_max(x))
+        moved, amax = _moved_range(largest, seen, self.momentum)
+        if not trainable:
+            is_open = seen[1] < SETTLED
+            moved, amax = tf.where(is_open, moved, seen), tf.where(is_open, amax, seen[0])
+        for assign in (self.range.assign, *self._followers):
+            assign(moved)
+        return largest, amax
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "momentum": self.momentum, "clip": self.clip}
+
+
+# Traced once, whatever the shape of x: in the graph of a network each is one operation.
+_ANY, _ONE, _RANGE = (tf.TensorSpec(shape, tf.float32) for shape in (None, [], [2]))
+
+
+@tf.function(input_signature=[_ONE, _RANGE, _ONE], autograph=False)
+def _moved_range(largest, seen, momentum):
+    """(range after a tensor of that amax, amax that it stands for)."""
+    average, weight = tf.unstack(seen)
+    weight = momentum * weight + (1.0 - momentum)
+    amax = average + (largest - average) * ((1.0 - momentum) / weight)
+    return tf.stack([amax, weight]), amax
+
+
+@tf.function(input_signature=[_ANY, _RANGE], autograph=False)
+def _amax(x, seen):
+    """What a range stands for; amax of x itself if nothing was seen."""
+    return tf.cond(seen[1] > 0, lambda: seen[0], lambda: rounding.absolute_max(x))

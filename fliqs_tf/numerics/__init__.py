@@ -1,0 +1,1 @@
+"""Formats, and the numbers that they hold. Nothing of Keras."""

@@ -1,0 +1,1 @@
+"""A float model to its quantized copy: rules, decisions, recipes."""

@@ -1,0 +1,137 @@
+"""A Keras model to a quantized one: which layers, which tensors, which decision."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fliqs_tf._keras import check_model, keras
+from fliqs_tf.graph import copies, layer_types, walking
+from fliqs_tf.layers import batch_norm
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.numerics.space import Space
+from fliqs_tf.quantize import copying
+from fliqs_tf.quantize import rules as rules_lib
+
+_LOG = logging.getLogger("fliqs_tf")
+_KERAS = ("keras", "tf_keras", "keras_hub")
+
+
+def quantized_network(
+    model,
+    space,
+    rules=(),
+    granularity="layer",
+    tensors="together",
+    input_space=None,
+    *,
+    input_shape=None,
+    embeddings=False,
+    attention_scores=False,
+) -> keras.Model:
+    """A copy of a model whose layers read decisions.
+
+    Args:
+      model, space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
+      input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
+    """
+    spaces = (space := Space(space), space if input_space is None else Space(input_space))
+    layers = layers_to_quantize(model, embeddings, attention_scores)
+    warn_of_own_training(model)
+    warn_of_names_of_keras(model)
+    batch_norm.warn_of_closed(model)
+    if attention_scores and tensors == "weights":
+        raise ValueError(
+            "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
+            "take tensors='together' or 'separate'."
+        )
+    plans = rules_lib.plan(
+        [path for path, _ in layers], walking.annotations(model), spaces, rules, granularity, tensors
+    )
+    _log_left_in_float(model, plans)
+    return copying.quantized_copy(
+        model, {key: plans[path].arguments() for path, key in layers if path in plans}, input_shape
+    )
+
+
+def warn_of_own_training(model) -> None:
+    """Methods with which a class trains its models as it likes; a copy trains as every model of Keras does."""
+    methods = ("train_step", "compute_loss", "compute_metrics", "test_step")
+    own = [m for m in methods if getattr(type(model), m).__module__.split(".")[0] not in _KERAS]
+    if own:
+        _LOG.warning(
+            "%s has a %s of its own, which the quantized model does not call: it trains as a plain Keras model. Put "
+            "what it does into the loss, the metrics or a layer (add_loss).",
+            type(model).__name__,
+            " and a ".join(own),
+        )
+
+
+def warn_of_names_of_keras(model) -> None:
+    """A copy has the functions themselves, a file their names."""
+    found = [
+        f"{path} ({', '.join(names)})"
+        for path, layer in walking.walk(model)
+        if (names := copies.mistakable_functions(layer).values())
+    ]
+    if found:
+        _LOG.warning(
+            "Functions of your own that bear names of Keras': %s. The model computes with them, but a file holds names "
+            "alone, for which Keras has its own functions: rename yours before you save the model.",
+            ", ".join(found),
+        )
+
+
+def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()) -> list[tuple[str, Any]]:
+    """(path, id) of the layers of a float model that are to be quantized; raises if there are none.
+
+    A product of attention has the id of the attention layer and its own name, see `walking.attention_products`.
+
+    Args:
+      model: A float model.
+      embeddings, attention_scores: All embeddings, all products of attention are among them.
+      named: Paths of embeddings and products that are.
+    """
+    check_model(model)
+    batch_norm.check(model)
+    if not model.built or (walking.is_graph(model) and not getattr(model, "inputs", None)):
+        raise ValueError(
+            f"Model {model.name!r} is not built: give it an Input layer, call it on a batch, or call "
+            f"model.build(input_shape) first."
+        )
+    if any(isinstance(layer, Quantized) for _, layer in walking.walk(model)):
+        raise ValueError(
+            f"Model {model.name!r} is quantized already; give the float model, or search what quantize_apply made with "
+            f"fliqs_tf.SearchModel(model)."
+        )
+    of_keras = [p for p, layer in walking.walk(model) if getattr(layer, "quantization_mode", None)]
+    if of_keras:
+        raise ValueError(
+            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it "
+            f"was before."
+        )
+    tables = [(path, layer) for path, layer in walking.embeddings(model) if embeddings or path in named]
+    among = {id(layer) for _, layer in (*walking.quantizable(model), *tables)}
+    products = [(path, key) for path, key in walking.attention_products(model) if attention_scores or path in named]
+    layers = [(path, id(layer)) for path, layer in walking.walk(model) if id(layer) in among] + products
+    for asked, found, what in ((embeddings, tables, "Embedding"), (attention_scores, products, "MultiHeadAttention")):
+        if asked and not found:
+            option = "embeddings" if found is tables else "attention_scores"
+            raise ValueError(f"{option}=True, but model {model.name!r} has no {what} layer.")
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has nothing to quantize: none of its layers is a Dense, Conv1D, Conv2D, "
+            f"DepthwiseConv2D, SeparableConv2D, Conv2DTranspose or EinsumDense."
+        )
+    return layers
+
+
+def _log_left_in_float(model, quantized) -> None:
+    left = [(path, layer) for path, layer in walking.left_in_float(model) if path not in quantized]
+    if left:
+        named = ", ".join(f"{path} ({type(layer).__name__})" for path, layer in left)
+        tables = any(layer_types.table(layer) for _, layer in left)
+        hint = " embeddings=True quantizes the tables of Embedding layers." if tables else ""
+        _LOG.warning(
+            "Left in float and not counted, because their class is not known or not asked for: %s.%s", named, hint
+        )

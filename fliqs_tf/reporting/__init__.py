@@ -1,0 +1,1 @@
+"""What a search did: callbacks that log it, pictures, and the report."""

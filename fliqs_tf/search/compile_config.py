@@ -1,0 +1,123 @@
+"""Arguments of a search model's `compile`: checks of them, and what of them a file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fliqs_tf import costs
+from fliqs_tf._keras import keras
+from fliqs_tf.costs.profile import Profile
+from fliqs_tf.search import rewards
+
+_LOG = logging.getLogger("fliqs_tf")
+_MOST_INT32 = 2**31 - 1
+# What a file does not hold.
+_CODE = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """What a search model was compiled with, checked.
+
+    Keras tracks the layers and metrics that it finds in the lists and dicts of a model; this object it leaves alone.
+
+    Attributes:
+      target: Target cost in the cost's unit, or None.
+      cost: What is counted.
+      table: Cost of samples.
+      reward: An object of `rewards`.
+      quality: See `quality.quality_function`.
+      quality_every, quality_samples, search_steps, seed, sample_per_replica: As for `SearchModel.compile`.
+      given: {argument: what `compile` was given}, for a file.
+    """
+
+    target: float | None
+    cost: costs.Cost
+    table: costs.CostTable
+    reward: Any
+    quality: Callable
+    quality_every: int
+    quality_samples: int
+    search_steps: int | None
+    seed: int
+    sample_per_replica: bool
+    given: Mapping[str, Any]
+
+    @property
+    def decides_on(self) -> tuple:
+        """What a decision depends on, beside the target."""
+        return self.cost.name, self.cost.unit, self.reward
+
+
+def whole(name: str, value, least: int) -> int:
+    """A number that steps are counted with, or that draws begin with, as Python's own int: files hold nothing else."""
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= _MOST_INT32:
+        raise ValueError(f"{name} must be a whole number from {least} to {_MOST_INT32}, got {value!r}.")
+    return number
+
+
+def _as_data(value):
+    """An argument of `compile` as data of a file, which `from_config` reads; `_CODE` for what is code."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Profile) or (isinstance(value, keras.metrics.Metric) and _is_of_keras(value)):
+        return keras.saving.serialize_keras_object(value)
+    for name, reward in rewards.NAMES.items():
+        if type(value) is reward:
+            return {"reward": name, "beta": value.beta}
+    if isinstance(value, costs.Cost):
+        for name, cost in costs.NAMES.items():
+            if value is cost:
+                return name
+        profile = getattr(value.layer, "__self__", None)  # its costs are methods of a profile
+        if isinstance(profile, Profile) and value in (profile.cost, profile.memory):
+            data = keras.saving.serialize_keras_object(profile)
+            return data if value == profile.cost else {"memory_on": data}
+    return _CODE
+
+
+def _is_of_keras(value) -> bool:
+    return type(value).__module__.split(".")[0] == keras.__name__
+
+
+def to_config(given: Mapping) -> dict:
+    """What a file holds of the arguments: all of them as data, or under "code" the names of those that are none."""
+    data = {name: _as_data(value) for name, value in given.items()}
+    code = [name for name, value in data.items() if value is _CODE]
+    if not code:
+        return data
+    _LOG.warning(
+        "A file does not hold Python code, such as this %s of compile: a model loaded from it will not be compiled, "
+        "and has to be compiled anew. What can be saved: names, numbers, objects of fliqs_tf.rewards, profiles and "
+        "their costs, metrics of Keras.",
+        ", ".join(code),
+    )
+    return {"code": code}
+
+
+def holds_all(config: dict, model_name: str) -> bool:
+    """False, and a warning, for a file of a model that was compiled with code."""
+    if code := config.get("code"):
+        _LOG.warning(
+            "Model %r is not compiled: it was with a %s of Python code, which the file does not hold. Call compile "
+            "with all of its arguments.",
+            model_name,
+            ", ".join(code),
+        )
+    return not code
+
+
+def from_config(config: dict) -> dict:
+    """The arguments of `compile` again, from what Keras has deserialized."""
+    config = dict(config)
+    if isinstance(config.get("reward"), dict):
+        config["reward"] = rewards.get(**config["reward"])
+    if isinstance(config.get("cost"), dict):
+        config["cost"] = config["cost"]["memory_on"].memory
+    return config

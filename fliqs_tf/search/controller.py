@@ -1,0 +1,479 @@
+"""The controller: a distribution over samples that learns which formats are worth their cost.
+
+Two estimators of what to prefer:
+
+* "critic" (default, ours): quality is modelled as a sum of one effect per decision and option
+  (`fliqs_tf.search.critic`); the policy is the closed form `fliqs_tf.search.policy.boltzmann`, whose entropy follows
+  the schedule and whose expected cost is at the target by construction. No learning rate, no unit of quality.
+* "reinforce": the paper's plain form, Adam on the logits with loss -(R - baseline) log pi + beta_H H.
+
+It can be driven without a network:
+
+    controller = Controller([3, 3], prior=[[0.02, 6e-5, 3e-6]] * 2)
+    controller.configure(expected_cost=..., cost=..., target=1.0, reward=rewards.Absolute(), total_steps=500)
+    for step in range(500):
+        if step % 4 == 0:
+            samples = controller.sample(tf.constant([seed, step]), k=4)
+            controller.update(samples, read_quality(samples))
+        controller.advance()
+        if step == 450:
+            best = controller.decide()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import replicas
+from fliqs_tf._keras import add_state, keras
+from fliqs_tf.search import critic, policy, rewards, schedules
+
+ESTIMATORS = ("critic", "reinforce")
+# Relative noise power at which the gentle start halves an option's odds: INT4 has 0.01 to 0.02, INT3 0.1, INT2 0.9.
+GENTLE_NOISE = 0.05
+# Adam's other two.
+_BETA_2, _EPSILON = 0.999, 1e-8
+# Logit of the option that `decide` took, above the others': probability 1 to 5 digits with 15 options.
+_DECIDED = 15.0
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class Controller(keras.layers.Layer):
+    """A distribution over samples: D independent categorical decisions.
+
+    All state is in non-trainable variables, so a model that owns a controller saves it, and its optimizer leaves it
+    alone. `configure` comes before `update` and `decide`; what it is given is not saved.
+
+    Args:
+      n_options: Number of options of each decision.
+      prior: Per decision the noise power of each option (`Format.noise`, summed over what the decision sets); None
+        = nothing is known beforehand. Used by the critic, and by the gentle start.
+      estimator: "critic" or "reinforce".
+      entropy_schedule: "constant", "linear", "cosine" (the paper's), "heaviside", or a callable step -> beta_H in
+        [0, beta_max]. With the critic (1 - shape) of the greatest entropy that the target cost allows is what the
+        policy has; the weight that keeps it there is solved for.
+      beta_max: Greatest beta_H. None = 1 with the critic, where only the shape counts; 0.02 with REINFORCE and a
+        normalized advantage, 0.1 (the reference code's) without.
+      delay: How long formats are drawn without learning a policy: a share of the run (float) or steps (int).
+      settle: Last share of the run, in which the decision has been taken and formats stay; the entropy schedule ends
+        where it begins, see `decided_at`. 0 = never by itself. None = 0.4 with the critic, our choice: the weights of
+        short runs need it (docs/method.md); 0.1 with REINFORCE, which needs the readings more.
+      gentle: In the delay the odds of an option are 1 / (1 + (noise / 0.05)^2), our choice: INT2 drawn as often as
+        INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0 with
+        the entropy that the schedule allows, with REINFORCE linearly in the delay.
+      learning_rate, beta_1: REINFORCE: Adam's; the rate may be a callable of the step, such as `schedules.Growing`.
+        0.03 is our choice for runs from 500 steps up; the reference code has 0.05.
+      baseline_momentum: REINFORCE: of the (zero-debiased) running reward; reference code 0.99, TuNAS 0.95. It is
+        updated before the advantage is taken, as in TuNAS.
+      normalize_advantage: REINFORCE: divide by the running deviation of the reward. Our choice: plain rates do not
+        fit every unit of quality. False = the paper's form.
+      sum_over_decisions: REINFORCE: log pi and H are sums over decisions (TuNAS), not means (reference code).
+      jit_compile: Compile what an update spends its time in by XLA. It may be part of a compiled function in any case.
+
+    Raises:
+      ValueError: An argument out of range; says what is allowed.
+    """
+
+    def __init__(
+        self,
+        n_options: Sequence[int],
+        *,
+        prior: Sequence[Sequence[float]] | None = None,
+        estimator: str = "critic",
+        entropy_schedule: str | Callable = "cosine",
+        beta_max: float | None = None,
+        delay: float | int = 0.25,
+        settle: float | None = None,
+        gentle: bool = True,
+        learning_rate: float | Callable = 0.03,
+        beta_1: float = 0.9,
+        baseline_momentum: float = 0.99,
+        normalize_advantage: bool = True,
+        sum_over_decisions: bool = False,
+        jit_compile: bool = True,
+        name: str = "controller",
+        **kwargs,
+    ):
+        super().__init__(name=name, trainable=False, **{**kwargs, "dtype": "float32"})
+        self.n_options = [int(n) for n in n_options]
+        if not self.n_options or min(self.n_options) < 1:
+            raise ValueError(f"n_options needs one entry of at least 1 per decision, got {list(n_options)}.")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"Unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}.")
+        if not callable(entropy_schedule):
+            schedules.check_name(entropy_schedule)
+        elif beta_max is None:
+            raise ValueError("A custom entropy_schedule needs beta_max, the value that it ends at.")
+        if isinstance(delay, bool) or not (delay >= 0 if isinstance(delay, int) else 0 <= delay < 1):
+            raise ValueError(f"delay is a share of the run in [0, 1) or an int of steps, 0 or more; got {delay!r}.")
+        if settle is None:
+            settle = 0.4 if estimator == "critic" else 0.1
+        if not 0 <= settle < 1:
+            raise ValueError(f"settle is a share of the run in [0, 1), got {settle!r}.")
+        if not isinstance(delay, int) and delay + settle >= 1:
+            raise ValueError(
+                f"delay and settle leave nothing of the run to decide in: {delay} + {settle}, not below 1. Lower one."
+            )
+        if beta_max is None:
+            beta_max = 1.0 if estimator == "critic" else (0.02 if normalize_advantage else 0.1)
+        self.estimator, self.entropy_schedule, self.beta_max = estimator, entropy_schedule, float(beta_max)
+        self.delay, self.settle, self.gentle = delay, settle, gentle
+        self.learning_rate, self.beta_1, self.baseline_momentum = learning_rate, beta_1, baseline_momentum
+        self.normalize_advantage, self.sum_over_decisions = normalize_advantage, sum_over_decisions
+        self.jit_compile = jit_compile
+
+        shape = (len(self.n_options), max(self.n_options))
+        self._mask = np.arange(shape[1]) < np.array(self.n_options)[:, None]
+        self.prior = None if prior is None else [[float(p) for p in row] for row in prior]
+        noise = _padded(self.prior, self._mask)
+        self._odds = np.log1p((noise / GENTLE_NOISE) ** 2).astype(np.float32) * -float(gentle)
+        self._critic_prior = critic.make_prior(noise, self._mask)
+
+        self.logits = add_state(self, "logits", shape, "float32")
+        if estimator == "critic":
+            self.logits.assign(self._odds)  # what is drawn from until something was learned
+        self.step = add_state(self, "step", (), "int32")
+        self.total_steps = add_state(self, "total_steps", (), "int32", initial=1)
+        self.target = add_state(self, "target", (), "float32", initial=1)
+        self.decided = add_state(self, "decided", (), "bool")
+        # Running mean and mean square of the reward, and how many updates they hold.
+        self.reward_moments = add_state(self, "reward_moments", (3,), "float32")
+        if estimator == "critic":
+            shapes = critic.state_shapes(*shape)
+            self._state = [add_state(self, n, s, "float32") for n, s in zip(shapes._fields, shapes)]
+        else:
+            shapes = {"adam_mean": shape, "adam_square": shape, "adam_steps": ()}
+            self._state = [add_state(self, n, s, "float32") for n, s in shapes.items()]
+        self._expected_cost = None
+        self.built = True
+
+    def configure(self, *, expected_cost, cost, target: float, reward, total_steps: int) -> None:
+        """Says what samples cost, what the target is, and how long the run is.
+
+        Args:
+          expected_cost: float32 probabilities [D, N] -> scalar tensor, multilinear in the rows: the expected cost of
+            independent decisions. A one-hot row is a choice.
+          cost: int samples [m, D] -> NumPy costs [m], the same unit.
+          target: Target cost, > 0.
+          reward: See `rewards.get`.
+          total_steps: Training steps of the whole run.
+
+        Raises:
+          ValueError: Target or number of steps not positive, or a delay in steps that ends after the decision.
+        """
+        if not target > 0:
+            raise ValueError(f"The target cost must be positive, got {target!r}.")
+        if not total_steps >= 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps!r}.")
+        if isinstance(self.delay, int) and self.delay and self.delay >= (1.0 - self.settle) * total_steps:
+            raise ValueError(
+                f"A delay of {self.delay} steps leaves nothing of the run to decide in: {total_steps} steps, of which "
+                f"the last {self.settle:.0%} keep what was decided. Lower delay or settle, or search for longer."
+            )
+        self._expected_cost, self._cost, self._reward = expected_cost, cost, rewards.get(reward)
+        self.target.assign(float(target))
+        self.total_steps.assign(int(total_steps))
+        # They read no variable and assign none: that is done outside, where a replica of a strategy may do it.
+        if self.estimator == "critic":
+            # Loops of small operations are many times faster when compiled. The rest is not, and starts sooner for it.
+            self._solve = tf.function(self._solve_critic, jit_compile=self.jit_compile, autograph=False)
+            self._learn = tf.function(self._learn_critic, autograph=False)
+        else:
+            self._learn = tf.function(self._learn_reinforce, jit_compile=self.jit_compile, autograph=False)
+
+    # The schedule
+
+    def _delay_steps(self) -> tf.Tensor:
+        if isinstance(self.delay, int):
+            return tf.constant(float(self.delay))
+        return self.delay * tf.cast(tf.convert_to_tensor(self.total_steps), tf.float32)
+
+    def _in_delay(self) -> tf.Tensor:
+        return tf.cast(tf.convert_to_tensor(self.step), tf.float32) < self._delay_steps()
+
+    def beta(self) -> tf.Tensor:
+        """Current beta_H, a scalar."""
+        if callable(self.entropy_schedule):
+            return tf.cast(self.entropy_schedule(tf.convert_to_tensor(self.step)), tf.float32)
+        step, total = tf.convert_to_tensor(self.step), tf.convert_to_tensor(self.total_steps)
+        search = (1.0 - self.settle) * tf.cast(total, tf.float32)
+        return self.beta_max * schedules.shape(self.entropy_schedule, step, search, self._delay_steps())
+
+    def _shape(self) -> tf.Tensor:
+        """Height of the schedule in [0, 1], 0 in the delay."""
+        shape = tf.clip_by_value(tf.math.divide_no_nan(self.beta(), self.beta_max), 0.0, 1.0)
+        return tf.where(self._in_delay(), 0.0, shape)
+
+    def advance(self, steps: int = 1) -> None:
+        """Counts training steps; to be called once per step."""
+        self.step.assign_add(steps)
+
+    def decided_at(self) -> int:
+        """Step at which the search loop calls `decide`: the first one of the last `settle` share of the run."""
+        return int(np.ceil((1.0 - self.settle) * int(tf.convert_to_tensor(self.total_steps))))
+
+    # The distribution
+
+    def probabilities(self) -> tf.Tensor:
+        """What `sample` draws from: float32 [D, N], 0 for padding. In the delay all options alike, or gently so."""
+        start = self._in_delay()
+        if self.estimator == "reinforce":
+            share = 1.0 - tf.cast(tf.convert_to_tensor(self.step), tf.float32) / tf.maximum(self._delay_steps(), 1.0)
+        else:
+            share = 1.0
+        start = tf.logical_and(start, tf.logical_not(tf.convert_to_tensor(self.decided)))
+        return policy.softmax(tf.where(start, share * self._odds, tf.convert_to_tensor(self.logits)), self._mask)
+
+    def entropy(self) -> tf.Tensor:
+        """Entropy of the decisions over its greatest value: a scalar in [0, 1]."""
+        return policy.entropy(self.probabilities(), self._mask)
+
+    def expected_cost(self) -> tf.Tensor:
+        """Expected cost of a sample, in the cost's unit."""
+        self._check_configured()
+        return self._expected_cost(self.probabilities())
+
+    def sample(self, seed, k: int = 1) -> tf.Tensor:
+        """Draws k samples: int32 [k, D]. See `policy.draw`.
+
+        Args:
+          seed: int32 [2]; the same seed and policy give the same samples.
+          k: Number of samples. They differ as much as they can, to be read on one batch; each of them, the first
+            one too, is an ordinary draw on its own.
+        """
+        return policy.draw(self.probabilities(), tf.convert_to_tensor(seed), k)
+
+    def most_likely(self) -> tf.Tensor:
+        """Most likely option of each decision: int32 [D]. Of equal ones the last: menus go from narrow to wide."""
+        logits = tf.where(self._mask, tf.convert_to_tensor(self.logits), float("-inf"))
+        options = self._mask.shape[1]
+        return options - 1 - tf.argmax(tf.reverse(logits, [1]), axis=1, output_type=tf.int32)
+
+    # Learning
+
+    def update(self, samples, quality, *, per_replica: bool = False) -> dict[str, tf.Tensor]:
+        """Learns from readings of quality that share a batch.
+
+        Under a distribution strategy all replicas call it together, each with the quality on its share of the batch,
+        and all hold the same policy afterwards, to the bit.
+
+        Args:
+          samples: int32 [k, D], from `sample`.
+          quality: float32 [k], higher is better. Readings that are not finite teach nothing.
+          per_replica: False: replicas read the same samples, and the mean of their qualities counts. True: each has
+            samples of its own, and the readings of all count, compared within a replica's share.
+
+        Returns:
+          Scalars: reward (mean of the samples), baseline, expected_cost (of the policy, in the cost's unit), entropy
+          (share of the greatest).
+
+        Raises:
+          RuntimeError: `configure` was not called.
+        """
+        self._check_configured()
+        samples, quality = tf.convert_to_tensor(samples, tf.int32), tf.convert_to_tensor(quality, tf.float32)
+        if per_replica and replicas.count() > 1:
+            # Option indices are exact in float32: one message for both.
+            readings = replicas.gathered(tf.concat([tf.cast(samples, tf.float32), quality[:, None]], axis=1))
+            samples, quality = tf.cast(readings[..., :-1], tf.int32), readings[..., -1]
+        else:
+            quality = replicas.mean(quality)
+        frozen = tf.logical_or(self._in_delay(), tf.convert_to_tensor(self.decided))
+        new_state, new_logits, new_moments, reward, baseline = self._learn(
+            [tf.convert_to_tensor(v) for v in self._state],
+            tf.convert_to_tensor(self.logits),
+            tf.convert_to_tensor(self.reward_moments),
+            samples,
+            quality,
+            self.probabilities(),
+            tf.convert_to_tensor(self.target),
+            frozen,
+            tf.cast(tf.convert_to_tensor(self.step), tf.float32),
+            self._shape(),
+        )
+        if replicas.count() > 1:
+            # Machines that compute the same may differ in a last bit; what is drawn from must not.
+            agreed = replicas.of_first(tf.concat([tf.reshape(new_logits, [-1]), new_moments], axis=0))
+            new_logits, new_moments = tf.reshape(agreed[:-3], new_logits.shape), agreed[-3:]
+        for variable, value in zip(self._state, new_state):
+            variable.assign(value)
+        self.logits.assign(new_logits)
+        self.reward_moments.assign(new_moments)
+        return {
+            "reward": reward,
+            "baseline": baseline,
+            "expected_cost": self._expected_cost(self.probabilities()),
+            "entropy": self.entropy(),
+        }
+
+    def _rewards(self, samples, quality, target, moments):
+        """Rewards [k] of the samples, the moments updated by them, and the baseline."""
+        choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self._mask.shape[1])
+        if samples.shape.rank == 2:
+            costs = tf.stack([self._expected_cost(choices[i]) for i in range(samples.shape[0])])
+        else:  # of many replicas
+            costs = tf.map_fn(self._expected_cost, choices)
+        reward = self._reward(tf.reshape(quality, [-1]), costs / target)
+        momentum = self.baseline_momentum
+        now = tf.stack([tf.reduce_mean(reward), tf.reduce_mean(reward**2), 1.0])
+        finite = tf.reduce_all(tf.math.is_finite(reward))
+        moments = tf.where(finite, momentum * moments + (1.0 - momentum) * now, moments)
+        # The third moment is the running mean of 1, which is what a start at zero takes away from the others.
+        return reward, moments, tf.math.divide_no_nan(moments[0], moments[2])
+
+    def _learn_critic(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
+        del step
+        reward, moments, baseline = self._rewards(samples, quality, target, moments)
+        before = critic.State(*state).updates
+        state = critic.observe(critic.State(*state), samples, quality, self._critic_prior)
+        arguments = (list(state), logits, probabilities, target, frozen, shape)
+        if samples.shape[-2] == 1:
+            # Single readings come at every step and each tells little: the rest of the work is done for four at once.
+            due = tf.floor(state.updates / 4.0) > tf.floor(before / 4.0)
+            state, logits = tf.cond(due, lambda: self._solve(*arguments), lambda: (list(state), logits))
+        else:
+            state, logits = self._solve(*arguments)
+        return state, logits, moments, tf.reduce_mean(reward), baseline
+
+    def _solve_critic(self, state, logits, probabilities, target, frozen, shape):
+        """Effects from what was observed, and the policy from them."""
+        state = critic.solve(critic.State(*state), self._critic_prior)
+        level = critic.level(state)
+
+        def policy_of_effects():
+            return policy.boltzmann(
+                state.effects,
+                (1.0 - shape) * self._odds,
+                self._mask,
+                probabilities,
+                lambda p: self._expected_cost(p) / target,
+                lambda ratio: self._reward.slope(level, ratio),
+                1.0 - shape,
+            )
+
+        return list(state), tf.cond(frozen, lambda: logits, policy_of_effects)
+
+    def _learn_reinforce(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
+        reward, moments, baseline = self._rewards(samples, quality, target, moments)
+        samples = tf.reshape(samples, [-1, samples.shape[-1]])
+        advantage = reward - baseline
+        if self.normalize_advantage:
+            variance = tf.math.divide_no_nan(moments[1], moments[2]) - baseline**2
+            advantage = tf.math.divide_no_nan(advantage, tf.sqrt(tf.maximum(variance, 0.0)))
+        with tf.GradientTape() as tape:
+            tape.watch(logits)
+            loss = self._reinforce_loss(logits, samples, advantage, self.beta_max * shape)
+        gradient = tape.gradient(loss, logits)
+        mean, square, steps = state
+        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
+        new_steps = steps + 1.0
+        new_mean = self.beta_1 * mean + (1.0 - self.beta_1) * gradient
+        new_square = _BETA_2 * square + (1.0 - _BETA_2) * gradient**2
+        deviation = tf.sqrt(new_square / (1.0 - _BETA_2**new_steps))
+        new_logits = logits - rate * new_mean / (1.0 - self.beta_1**new_steps) / (deviation + _EPSILON)
+        learn = tf.logical_and(tf.logical_not(frozen), tf.reduce_all(tf.math.is_finite(gradient)))
+
+        def keep(new, old):
+            return tf.where(learn, new, old)
+
+        state = [keep(new_mean, mean), keep(new_square, square), keep(new_steps, steps)]
+        return state, keep(new_logits, logits), moments, tf.reduce_mean(reward), baseline
+
+    def _reinforce_loss(self, logits, samples, advantage, beta):
+        """-mean over samples of A * log pi + beta * H, both summed or averaged over decisions."""
+        probabilities = policy.softmax(logits, self._mask)
+        logs = tf.where(self._mask, tf.math.log(tf.maximum(probabilities, 1e-30)), 0.0)
+        over = tf.reduce_sum if self.sum_over_decisions else tf.reduce_mean
+        log_pi = over(tf.reduce_sum(tf.one_hot(samples, logits.shape[1]) * logs, axis=2), axis=1)
+        entropy = over(-tf.reduce_sum(probabilities * logs, axis=1))
+        return -tf.reduce_mean(tf.stop_gradient(advantage) * log_pi) + beta * entropy
+
+    # The decision
+
+    def effects(self) -> np.ndarray:
+        """What the critic makes of each option: float32 [D, N] in units of quality, padding 0."""
+        self._check_critic()
+        return np.array(tf.convert_to_tensor(self._state[critic.State._fields.index("effects")]))
+
+    def decide(self, agree: Callable[[np.ndarray], np.ndarray] = lambda choice: choice) -> np.ndarray:
+        """Takes the decision: from now on one sample has (almost) all probability. On the host.
+
+        With the critic it is the sample of highest predicted reward; for a hard target, of highest predicted quality
+        with a cost within 1 % of it (or not above it), and where the menu has none, of the nearest cost. With
+        REINFORCE it is the most likely sample, as in the paper.
+
+        Args:
+          agree: Where several workers decide: what makes one choice of theirs, see `replicas.Workers.first`.
+
+        Returns:
+          int32 [D].
+        """
+        self._check_configured()
+        choice = np.array(self.most_likely())
+        if self.estimator == "critic":
+            state = critic.State(*[np.array(tf.convert_to_tensor(v)) for v in self._state])
+            effects = critic.solve_exactly(state, self._critic_prior)
+            choice = policy.best_sample(
+                effects,
+                self._mask,
+                self._cost,
+                self._score(effects, float(critic.level(state))),
+                float(tf.convert_to_tensor(self.target)),
+                choice,
+            )
+        choice = agree(choice)
+        rest = np.where(self._mask, -_DECIDED, 0.0)
+        rest[np.arange(len(choice)), choice] = 0.0
+        self.logits.assign(rest.astype(np.float32))
+        self.decided.assign(True)
+        return choice
+
+    def _score(self, effects: np.ndarray, level: float) -> Callable:
+        reward = self._reward
+        if not reward.hard:
+            return lambda quality, ratio: reward(quality + level, ratio).numpy()
+        # Quality cannot outweigh a violation of 1e-4.
+        price = 1e4 * (np.ptp(effects, axis=1).sum() + 1e-30)
+        return lambda quality, ratio: quality - price * reward.violation(ratio, 0.01)
+
+    def _check_configured(self) -> None:
+        if self._expected_cost is None:
+            raise RuntimeError(
+                "The controller knows no cost and no target yet. fit() of a search model tells it. Before "
+                "train_on_batch call the model's configure_controller(total_steps), without a network configure()."
+            )
+
+    def _check_critic(self) -> None:
+        if self.estimator != "critic":
+            raise RuntimeError(f"Only estimator='critic' knows effects; this controller has {self.estimator!r}.")
+
+    def options(self) -> dict:
+        """Its arguments, with what the defaults stand for; without `n_options` and `name`."""
+        names = ["estimator", "entropy_schedule", "beta_max", "delay", "settle", "gentle", "learning_rate", "beta_1"]
+        names += ["baseline_momentum", "normalize_advantage", "sum_over_decisions", "jit_compile"]
+        prior = None if self.prior is None else [[float(p) for p in row] for row in self.prior]
+        return {**{name: getattr(self, name) for name in names}, "prior": prior}
+
+    def get_config(self) -> dict:
+        for argument in ("entropy_schedule", "learning_rate"):
+            if callable(getattr(self, argument)):
+                raise ValueError(f"A controller with a callable {argument} cannot be saved; use a name or a number.")
+        return {"name": self.name, "n_options": [int(n) for n in self.n_options], **self.options()}
+
+
+def _padded(prior, mask: np.ndarray) -> np.ndarray:
+    """Noise powers [D, N], 0 for padding and for no prior."""
+    noise = np.zeros(mask.shape)
+    if prior is None:
+        return noise
+    sizes = mask.sum(axis=1).tolist()
+    if [len(row) for row in prior] != sizes:
+        raise ValueError(f"prior needs a number per option, {sizes} by decision; got {[len(row) for row in prior]}.")
+    for d, row in enumerate(prior):
+        noise[d, : len(row)] = row
+    if not (np.isfinite(noise).all() and (noise >= 0).all()):
+        raise ValueError("prior is a noise power per option: finite numbers of at least 0.")
+    return noise
