@@ -14,7 +14,8 @@ from collections.abc import Iterable
 
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import copies, dataflow, layer_types, rewriting, walking
-from fliqs_tf.layers import ranges
+from fliqs_tf.graph.commuting import activation, commutes, is_activation
+from fliqs_tf.layers import ranges, shared_ranges
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.numerics.space import Space
@@ -24,24 +25,6 @@ _LAYERS = keras.layers
 FORMAT = "INT8"
 SUFFIX = ranges.SUFFIX
 
-# What is not there at inference.
-IDENTITIES = tuple(
-    getattr(_LAYERS, name)
-    for name in ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout")
-    + ("AlphaDropout", "ActivityRegularization")
-    if hasattr(_LAYERS, name)
-)
-# They move values or pick among them: to quantize before or after is the same.
-COMMUTING = (
-    *IDENTITIES,
-    _LAYERS.MaxPooling2D,
-    _LAYERS.GlobalMaxPooling2D,
-    _LAYERS.Flatten,
-    _LAYERS.Reshape,
-    _LAYERS.ZeroPadding2D,
-    _LAYERS.UpSampling2D,
-    _LAYERS.Concatenate,
-)
 # They compute, and have integer kernels; additions and products of two inputs, see `_computes`.
 COMPUTING = (
     _LAYERS.BatchNormalization,
@@ -50,30 +33,6 @@ COMPUTING = (
     _LAYERS.AveragePooling2D,
     _LAYERS.GlobalAveragePooling2D,
 )
-
-
-def activation(layer) -> str:
-    """Name of a layer's activation; integer kernels do "linear", "relu" and "relu6" by themselves.
-
-    Args:
-      layer: Any; "linear" for one that has no activation.
-    """
-    if isinstance(layer, _LAYERS.ReLU):
-        plain = not layer.negative_slope and not layer.threshold
-        largest = None if layer.max_value is None else float(layer.max_value)  # an array once tf_keras has copied it
-        name = {None: "relu", 6.0: "relu6"}.get(largest) if plain else None
-        return name or f"ReLU({layer.max_value}, {layer.negative_slope}, {layer.threshold})"
-    return copies.function_name(getattr(getattr(layer, "quantized_layer", layer), "activation", None))
-
-
-def is_activation(layer) -> bool:
-    """True for a layer that is nothing but a ReLU or ReLU6."""
-    return isinstance(layer, (_LAYERS.ReLU, _LAYERS.Activation)) and activation(layer) in ("relu", "relu6")
-
-
-def commutes(layer) -> bool:
-    """True if quantizing the layer's inputs is the same as quantizing its output."""
-    return isinstance(layer, COMMUTING) or is_activation(layer)
 
 
 def swallowed(graph: dataflow.Dataflow) -> set[int]:
@@ -172,27 +131,6 @@ def _is_integer(layer, how) -> bool:
 # ---- putting them in
 
 
-class _Linked:
-    """A network with carriers. Made from its configuration, by loading for instance, it has its shared ranges again."""
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        model = super().from_config(config, custom_objects=custom_objects)
-        if getattr(model, "inputs", None):
-            link(model)
-        return model
-
-
-@keras.saving.register_keras_serializable("fliqs_tf")
-class CarrierModel(_Linked, keras.Model):
-    """A Functional model with carriers."""
-
-
-@keras.saving.register_keras_serializable("fliqs_tf")
-class CarrierSequential(_Linked, keras.Sequential):
-    """A Sequential model with carriers."""
-
-
 def with_carriers(model: keras.Model) -> keras.Model:
     """A copy of a quantized network with carriers, and its weights.
 
@@ -204,14 +142,10 @@ def with_carriers(model: keras.Model) -> keras.Model:
     """
     apart = rewriting.with_added(model, _activations_apart(model))
     added = {path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)] for path in places(apart)}
-    copy = rewriting.with_added(apart, added)
+    copy = rewriting.with_added(apart, added, kinds=shared_ranges.KINDS)
+    shared_ranges.link(copy)
     comparison.check(model, copy)
     return copy
-
-
-def has_carriers(model: keras.Model) -> bool:
-    """True if int8 tensors between layers are simulated."""
-    return any(isinstance(layer, ActivationQuantizer) for _, layer in walking.walk(model))
 
 
 def menu(space) -> Space:
@@ -248,31 +182,6 @@ def _activations_apart(model) -> dict[str, list]:
 # ---- ranges
 
 
-def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
-    """(carrier, input quantizer of a layer that reads its codes): one range serves both."""
-    graph = dataflow.read(model)
-    source: dict[int, ActivationQuantizer] = {}
-    found = []
-    for call in graph.calls:
-        if isinstance(call.layer, ActivationQuantizer):
-            source[call.output] = call.layer
-        elif len(call.inputs) == 1 and call.inputs[0] in source:
-            if commutes(call.layer):
-                source[call.output] = source[call.inputs[0]]
-            elif isinstance(call.layer, Quantized) and call.layer.activation_quantizer is not None:
-                found.append((source[call.inputs[0]], call.layer.activation_quantizer))
-    return found
-
-
-def link(model: keras.Model) -> None:
-    """Makes input quantizers take the range of the carrier that they read, during training too.
-
-    Two ranges for the same codes would cost a rounding between them. Linking again changes nothing.
-    """
-    for carrier, quantizer in followers(model):
-        quantizer.follow(carrier)
-
-
 def calibrate(model: keras.Model, representative: Iterable | None) -> None:
     """Gives a range to the carriers that have none, from their readers or from data.
 
@@ -283,10 +192,10 @@ def calibrate(model: keras.Model, representative: Iterable | None) -> None:
     Raises:
       ValueError: A range is missing and there is no data.
     """
-    for carrier, quantizer in followers(model):
+    for carrier, quantizer in shared_ranges.followers(model):
         if carrier.range[1] == 0 and quantizer.range[1] > 0:
             carrier.range.assign(quantizer.range)
-    link(model)
+    shared_ranges.link(model)
     missing = list(ranges.unseen(model))
     if missing and representative is None:
         raise ValueError(

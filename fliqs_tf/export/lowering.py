@@ -14,7 +14,7 @@ import numpy as np
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.export import boundaries, deployed
 from fliqs_tf.export.steps import Graph, Grid, Linear, Step, ones
-from fliqs_tf.graph import dataflow, layer_types, walking
+from fliqs_tf.graph import commuting, dataflow, layer_types, walking
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.layers.requantize import ROUNDINGS
@@ -173,7 +173,7 @@ def _read_quantized(call, inputs, output, fresh) -> list[Step]:
 
 def _linear_steps(call, layer, value, shape, output, quantized, fresh) -> list[Step]:
     """A layer with one kernel, or the two of a separable convolution, and its activation."""
-    name = boundaries.activation(layer)
+    name = commuting.activation(layer)
     kernels = layer_types.kernels(layer)
     quantizers = quantized.weight_quantizers if quantized is not None else [None] * len(kernels)
     made = []
@@ -284,7 +284,7 @@ def _rescaling(layer, path, inputs):
 
 
 def _activation(layer, path, inputs):
-    name = boundaries.activation(layer)
+    name = commuting.activation(layer)
     known = ("linear", "relu", "relu6", "softmax", "sigmoid", "tanh", "silu", "swish")
     if name not in known:
         raise unsupported(path, layer, f"no kernel for the activation {name!r}")
@@ -359,7 +359,7 @@ _READERS = {
     _LAYERS.ZeroPadding2D: _padding,
     _LAYERS.UpSampling2D: _upsampling,
     **dict.fromkeys(ROUNDINGS, lambda layer, path, inputs: ("identity", {})),
-    **{layer: lambda layer, path, inputs: ("identity", {}) for layer in boundaries.IDENTITIES},
+    **{layer: lambda layer, path, inputs: ("identity", {}) for layer in commuting.IDENTITIES},
 }
 
 

@@ -10,6 +10,7 @@ import fliqs_tf
 from fliqs_tf._keras import keras
 from fliqs_tf.export import boundaries, deployed, lowering, tflite_writer
 from fliqs_tf.graph import walking
+from fliqs_tf.layers import shared_ranges
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.layers.requantize import AccumulatorRounding
 
@@ -364,7 +365,7 @@ def test_readers_of_a_carrier_share_its_range():
     trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite")
     trained(examples(8, *IMAGE), training=True)
     trained(3 * examples(8, *IMAGE, seed=1), training=True)
-    pairs = boundaries.followers(trained)
+    pairs = shared_ranges.followers(trained)
     assert len(pairs) == 1
     for carrier, reader in pairs:
         assert carrier.range[1] > 0
@@ -390,7 +391,7 @@ def test_also_in_what_is_made_of_it(tmp_path):
     for model in models:
         model(3 * examples(8, *IMAGE, seed=1), training=True)
         model(9 * examples(8, *IMAGE, seed=2), training=True)
-        ((carrier, reader),) = boundaries.followers(model)
+        ((carrier, reader),) = shared_ranges.followers(model)
         assert carrier.range[0] > 0
         np.testing.assert_array_equal(carrier.range, reader.range)
         assert len(carrier._followers) == 1
@@ -402,7 +403,7 @@ def test_sequential_models_around_a_network_too(tmp_path):
     loaded = keras.models.load_model(tmp_path / "fixed.keras")
     assert isinstance(loaded, keras.Sequential)
     loaded(examples(8, *IMAGE), training=True)
-    ((carrier, reader),) = boundaries.followers(loaded)
+    ((carrier, reader),) = shared_ranges.followers(loaded)
     assert carrier.range[0] > 0
     np.testing.assert_array_equal(carrier.range, reader.range)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.export import boundaries
-from fliqs_tf.export.boundaries import CarrierModel, CarrierSequential
 from fliqs_tf.graph import copies, dataflow, walking
-from fliqs_tf.layers.quantizers import ActivationQuantizer
 
 _LAYERS = keras.layers
 
@@ -16,7 +13,12 @@ def last_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset()) -> keras.Model:
+def with_added(
+    model: keras.Model,
+    added: dict,
+    removed: set[str] = frozenset(),
+    kinds: tuple[type, type] = (keras.Model, keras.Sequential),
+) -> keras.Model:
     """A copy of a network with layers put behind some of its own, and others taken out.
 
     Args:
@@ -24,6 +26,7 @@ def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset())
       added: Path of a layer -> layers to put behind each of its calls, one after the other; or (path, which of its
         calls) -> layers to put behind that one.
       removed: Paths of layers that read one value and change no shape.
+      kinds: Class of the copy of a Functional and of a Sequential model.
 
     Raises:
       ValueError: The network has a layer of such a name.
@@ -33,10 +36,6 @@ def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset())
     if clash:
         raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
     config = _edited(model.get_config(), "", added, removed)
-    carried = boundaries.has_carriers(model) or any(
-        isinstance(n, ActivationQuantizer) for news in added.values() for n in news
-    )
-    kinds = (CarrierModel, CarrierSequential) if carried else (keras.Model, keras.Sequential)
     with copies.scope(model):
         copy = kinds[isinstance(model, keras.Sequential)].from_config(config)
     if not copy.built:
@@ -47,8 +46,6 @@ def with_added(model: keras.Model, added: dict, removed: set[str] = frozenset())
             copies.keep_functions(walking.inside(layer), walking.inside(made[path]))
             if layer.weights:
                 made[path].set_weights(layer.get_weights())
-    if carried:
-        boundaries.link(copy)
     return copy
 
 

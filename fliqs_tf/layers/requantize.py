@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import add_state, keras
 from fliqs_tf.graph import dataflow, rewriting, walking
+from fliqs_tf.layers import shared_ranges
 
 
 class _Rounding(keras.layers.Layer):
@@ -126,7 +127,8 @@ def behind(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type,
             name = f"{path.replace('/', '_')}_kernel" + (f"_{index}" if index else "")
             added[path, index] = [kind(len(state["unit"]), name=name)]
             states[name] = state
-    copy = rewriting.with_added(model, added)
+    carried = shared_ranges.has_carriers(model)
+    copy = rewriting.with_added(model, added, kinds=shared_ranges.KINDS if carried else (keras.Model, keras.Sequential))
     for _, layer in walking.walk(copy):
         for attribute, value in states.get(layer.name, {}).items():
             getattr(layer, attribute).assign(value)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tensorflow as tf
 
 from fliqs_tf._keras import clone, keras
-from fliqs_tf.export import boundaries
 from fliqs_tf.graph import copies, layer_types, tracing, walking
 from fliqs_tf.graph.copies import of_layer
-from fliqs_tf.layers import composite
+from fliqs_tf.layers import composite, shared_ranges
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.composite import Composite
 from fliqs_tf.layers.quantized import Quantized
@@ -100,8 +99,8 @@ def quantized_copy(model: keras.Model, arguments: dict, input_shape=None) -> ker
     copies.keep_trainable(model, copy)
     for wrapper in copy._flatten_layers():
         wrapper._trainable = walking.inside(wrapper).trainable
-    if boundaries.has_carriers(copy):
-        boundaries.link(copy)
+    if shared_ranges.has_carriers(copy):
+        shared_ranges.link(copy)
     comparison.check(model, copy, input_shape)
     return copy
 

@@ -24,8 +24,8 @@ from fliqs_tf import costs, replicas
 from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
 from fliqs_tf.costs import counting
 from fliqs_tf.costs.profile import Profile
-from fliqs_tf.export import boundaries, tflite_writer
-from fliqs_tf.layers import batch_norm, ranges
+from fliqs_tf.export import tflite_writer
+from fliqs_tf.layers import batch_norm, ranges, shared_ranges
 from fliqs_tf.layers.quantizers import training_step
 from fliqs_tf.numerics.formats import Format
 from fliqs_tf.quantize import copying
@@ -55,8 +55,8 @@ class SearchModel(keras.Model):
         super().__init__(**kwargs)
         self.network = network
         self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
-        if boundaries.has_carriers(network):
-            boundaries.link(network)
+        if shared_ranges.has_carriers(network):
+            shared_ranges.link(network)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
         if names := getattr(network, "output_names", None):
@@ -492,7 +492,7 @@ class SearchModel(keras.Model):
         used = fitting.estimate(model, calibration_data)
         if other and not used and batch_norm.batch_norms(model):
             _LOG.warning("The moving averages of batch normalization belong to other formats: give calibration_data.")
-        if boundaries.has_carriers(model) and not ranges.unseen(model):
+        if shared_ranges.has_carriers(model) and not ranges.unseen(model):
             return tflite_writer.as_shipped(model)
         return model
 

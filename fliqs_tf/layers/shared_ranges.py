@@ -1,0 +1,67 @@
+"""Int8 tensors between layers, as layers: an `ActivationQuantizer` in a network, whose range its readers share.
+
+Such a quantizer is a carrier, see `fliqs_tf.export.boundaries`, which puts them in. A layer that reads its codes must
+quantize its input with the same range, in training too.
+"""
+
+from __future__ import annotations
+
+from fliqs_tf._keras import keras
+from fliqs_tf.graph import commuting, dataflow, walking
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.layers.quantizers import ActivationQuantizer
+
+
+def has_carriers(model: keras.Model) -> bool:
+    """True if int8 tensors between layers are simulated."""
+    return any(isinstance(layer, ActivationQuantizer) for _, layer in walking.walk(model))
+
+
+def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
+    """(carrier, input quantizer of a layer that reads its codes): one range serves both."""
+    graph = dataflow.read(model)
+    source: dict[int, ActivationQuantizer] = {}
+    found = []
+    for call in graph.calls:
+        if isinstance(call.layer, ActivationQuantizer):
+            source[call.output] = call.layer
+        elif len(call.inputs) == 1 and call.inputs[0] in source:
+            if commuting.commutes(call.layer):
+                source[call.output] = source[call.inputs[0]]
+            elif isinstance(call.layer, Quantized) and call.layer.activation_quantizer is not None:
+                found.append((source[call.inputs[0]], call.layer.activation_quantizer))
+    return found
+
+
+def link(model: keras.Model) -> None:
+    """Makes input quantizers take the range of the carrier that they read, during training too.
+
+    Two ranges for the same codes would cost a rounding between them. Linking again changes nothing.
+    """
+    for carrier, quantizer in followers(model):
+        quantizer.follow(carrier)
+
+
+class _Linked:
+    """A network with carriers. Made from its configuration, by loading for instance, it has its shared ranges again."""
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = super().from_config(config, custom_objects=custom_objects)
+        if getattr(model, "inputs", None):
+            link(model)
+        return model
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class CarrierModel(_Linked, keras.Model):
+    """A Functional model with carriers."""
+
+
+@keras.saving.register_keras_serializable("fliqs_tf")
+class CarrierSequential(_Linked, keras.Sequential):
+    """A Sequential model with carriers."""
+
+
+KINDS = (CarrierModel, CarrierSequential)
+"""The Functional and the Sequential form of a network with carriers."""
