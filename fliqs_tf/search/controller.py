@@ -29,13 +29,11 @@ import tensorflow as tf
 
 from fliqs_tf import replicas
 from fliqs_tf._keras import add_state, keras
-from fliqs_tf.search import critic, policy, rewards, schedules
+from fliqs_tf.search import critic, estimators, policy, rewards, schedules
 
 ESTIMATORS = ("critic", "reinforce")
 # Relative noise power at which the gentle start halves an option's odds: INT4 has 0.01 to 0.02, INT3 0.1, INT2 0.9.
 GENTLE_NOISE = 0.05
-# Adam's other two.
-_BETA_2, _EPSILON = 0.999, 1e-8
 # Logit of the option that `decide` took, above the others': probability 1 to 5 digits with 15 options.
 _DECIDED = 15.0
 
@@ -130,24 +128,23 @@ class Controller(keras.layers.Layer):
         self.prior = None if prior is None else [[float(p) for p in row] for row in prior]
         noise = _padded(self.prior, self._mask)
         self._odds = np.log1p((noise / GENTLE_NOISE) ** 2).astype(np.float32) * -float(gentle)
-        self._critic_prior = critic.make_prior(noise, self._mask)
+        if estimator == "critic":
+            made = estimators.Critic(self._mask, noise, self._odds, jit_compile)
+        else:
+            options = (learning_rate, beta_1, normalize_advantage, sum_over_decisions, jit_compile)
+            made = estimators.Reinforce(self._mask, self.beta_max, *options)
+        self._estimator: estimators.Critic | estimators.Reinforce = made
 
         self.logits = add_state(self, "logits", shape, "float32")
-        if estimator == "critic":
-            self.logits.assign(self._odds)  # what is drawn from until something was learned
+        self.logits.assign(made.first_logits)
         self.step = add_state(self, "step", (), "int32")
         self.total_steps = add_state(self, "total_steps", (), "int32", initial=1)
         self.target = add_state(self, "target", (), "float32", initial=1)
         self.decided = add_state(self, "decided", (), "bool")
         # Running mean and mean square of the reward, and how many updates they hold.
         self.reward_moments = add_state(self, "reward_moments", (3,), "float32")
-        if estimator == "critic":
-            shapes = critic.state_shapes(*shape)
-            self._state = [add_state(self, n, s, "float32") for n, s in zip(shapes._fields, shapes)]
-        else:
-            shapes = {"adam_mean": shape, "adam_square": shape, "adam_steps": ()}
-            self._state = [add_state(self, n, s, "float32") for n, s in shapes.items()]
-        self._expected_cost = None
+        self._state = [add_state(self, n, s, "float32") for n, s in made.state_shapes().items()]
+        self._objective: estimators.Objective | None = None
         self.built = True
 
     def configure(self, *, expected_cost, cost, target: float, reward, total_steps: int) -> None:
@@ -173,16 +170,12 @@ class Controller(keras.layers.Layer):
                 f"A delay of {self.delay} steps leaves nothing of the run to decide in: {total_steps} steps, of which "
                 f"the last {self.settle:.0%} keep what was decided. Lower delay or settle, or search for longer."
             )
-        self._expected_cost, self._cost, self._reward = expected_cost, cost, rewards.get(reward)
+        self._objective = estimators.Objective(expected_cost, cost, rewards.get(reward))
         self.target.assign(float(target))
         self.total_steps.assign(int(total_steps))
         # They read no variable and assign none: that is done outside, where a replica of a strategy may do it.
-        if self.estimator == "critic":
-            # Loops of small operations are many times faster when compiled. The rest is not, and starts sooner for it.
-            self._solve = tf.function(self._solve_critic, jit_compile=self.jit_compile, autograph=False)
-            self._learn = tf.function(self._learn_critic, autograph=False)
-        else:
-            self._learn = tf.function(self._learn_reinforce, jit_compile=self.jit_compile, autograph=False)
+        self._rewards_of = tf.function(self._rewards, autograph=False)
+        self._estimator.prepare(self._objective)
 
     # The schedule
 
@@ -234,7 +227,7 @@ class Controller(keras.layers.Layer):
     def expected_cost(self) -> tf.Tensor:
         """Expected cost of a sample, in the cost's unit."""
         self._check_configured()
-        return self._expected_cost(self.probabilities())
+        return self._objective.expected_cost(self.probabilities())
 
     def sample(self, seed, k: int = 1) -> tf.Tensor:
         """Draws k samples: int32 [k, D]. See `policy.draw`.
@@ -282,17 +275,16 @@ class Controller(keras.layers.Layer):
         else:
             quality = replicas.mean(quality)
         frozen = tf.logical_or(self._in_delay(), tf.convert_to_tensor(self.decided))
-        new_state, new_logits, new_moments, reward, baseline = self._learn(
+        target, probabilities = tf.convert_to_tensor(self.target), self.probabilities()
+        before = tf.convert_to_tensor(self.reward_moments)
+        reward, new_moments, baseline, variance = self._rewards_of(samples, quality, target, before)
+        new_state, new_logits = self._estimator.learn(
             [tf.convert_to_tensor(v) for v in self._state],
             tf.convert_to_tensor(self.logits),
-            tf.convert_to_tensor(self.reward_moments),
-            samples,
-            quality,
-            self.probabilities(),
-            tf.convert_to_tensor(self.target),
-            frozen,
-            tf.cast(tf.convert_to_tensor(self.step), tf.float32),
-            self._shape(),
+            estimators.Readings(samples, quality, reward, baseline, variance),
+            estimators.Moment(
+                frozen, tf.cast(tf.convert_to_tensor(self.step), tf.float32), self._shape(), probabilities, target
+            ),
         )
         if replicas.count() > 1:
             # Machines that compute the same may differ in a last bit; what is drawn from must not.
@@ -303,93 +295,27 @@ class Controller(keras.layers.Layer):
         self.logits.assign(new_logits)
         self.reward_moments.assign(new_moments)
         return {
-            "reward": reward,
+            "reward": tf.reduce_mean(reward),
             "baseline": baseline,
-            "expected_cost": self._expected_cost(self.probabilities()),
+            "expected_cost": self._objective.expected_cost(self.probabilities()),
             "entropy": self.entropy(),
         }
 
     def _rewards(self, samples, quality, target, moments):
-        """Rewards [k] of the samples, the moments updated by them, and the baseline."""
+        """Rewards [k] of the samples, the moments updated by them, and from these the baseline and the variance."""
         choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self._mask.shape[1])
         if samples.shape.rank == 2:
-            costs = tf.stack([self._expected_cost(choices[i]) for i in range(samples.shape[0])])
+            costs = tf.stack([self._objective.expected_cost(choices[i]) for i in range(samples.shape[0])])
         else:  # of many replicas
-            costs = tf.map_fn(self._expected_cost, choices)
-        reward = self._reward(tf.reshape(quality, [-1]), costs / target)
+            costs = tf.map_fn(self._objective.expected_cost, choices)
+        reward = self._objective.reward(tf.reshape(quality, [-1]), costs / target)
         momentum = self.baseline_momentum
         now = tf.stack([tf.reduce_mean(reward), tf.reduce_mean(reward**2), 1.0])
         finite = tf.reduce_all(tf.math.is_finite(reward))
         moments = tf.where(finite, momentum * moments + (1.0 - momentum) * now, moments)
         # The third moment is the running mean of 1, which is what a start at zero takes away from the others.
-        return reward, moments, tf.math.divide_no_nan(moments[0], moments[2])
-
-    def _learn_critic(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
-        del step
-        reward, moments, baseline = self._rewards(samples, quality, target, moments)
-        before = critic.State(*state).updates
-        state = critic.observe(critic.State(*state), samples, quality, self._critic_prior)
-        arguments = (list(state), logits, probabilities, target, frozen, shape)
-        if samples.shape[-2] == 1:
-            # Single readings come at every step and each tells little: the rest of the work is done for four at once.
-            due = tf.floor(state.updates / 4.0) > tf.floor(before / 4.0)
-            state, logits = tf.cond(due, lambda: self._solve(*arguments), lambda: (list(state), logits))
-        else:
-            state, logits = self._solve(*arguments)
-        return state, logits, moments, tf.reduce_mean(reward), baseline
-
-    def _solve_critic(self, state, logits, probabilities, target, frozen, shape):
-        """Effects from what was observed, and the policy from them."""
-        state = critic.solve(critic.State(*state), self._critic_prior)
-        level = critic.level(state)
-
-        def policy_of_effects():
-            return policy.boltzmann(
-                state.effects,
-                (1.0 - shape) * self._odds,
-                self._mask,
-                probabilities,
-                lambda p: self._expected_cost(p) / target,
-                lambda ratio: self._reward.slope(level, ratio),
-                1.0 - shape,
-            )
-
-        return list(state), tf.cond(frozen, lambda: logits, policy_of_effects)
-
-    def _learn_reinforce(self, state, logits, moments, samples, quality, probabilities, target, frozen, step, shape):
-        reward, moments, baseline = self._rewards(samples, quality, target, moments)
-        samples = tf.reshape(samples, [-1, samples.shape[-1]])
-        advantage = reward - baseline
-        if self.normalize_advantage:
-            variance = tf.math.divide_no_nan(moments[1], moments[2]) - baseline**2
-            advantage = tf.math.divide_no_nan(advantage, tf.sqrt(tf.maximum(variance, 0.0)))
-        with tf.GradientTape() as tape:
-            tape.watch(logits)
-            loss = self._reinforce_loss(logits, samples, advantage, self.beta_max * shape)
-        gradient = tape.gradient(loss, logits)
-        mean, square, steps = state
-        rate = self.learning_rate(step) if callable(self.learning_rate) else self.learning_rate
-        new_steps = steps + 1.0
-        new_mean = self.beta_1 * mean + (1.0 - self.beta_1) * gradient
-        new_square = _BETA_2 * square + (1.0 - _BETA_2) * gradient**2
-        deviation = tf.sqrt(new_square / (1.0 - _BETA_2**new_steps))
-        new_logits = logits - rate * new_mean / (1.0 - self.beta_1**new_steps) / (deviation + _EPSILON)
-        learn = tf.logical_and(tf.logical_not(frozen), tf.reduce_all(tf.math.is_finite(gradient)))
-
-        def keep(new, old):
-            return tf.where(learn, new, old)
-
-        state = [keep(new_mean, mean), keep(new_square, square), keep(new_steps, steps)]
-        return state, keep(new_logits, logits), moments, tf.reduce_mean(reward), baseline
-
-    def _reinforce_loss(self, logits, samples, advantage, beta):
-        """-mean over samples of A * log pi + beta * H, both summed or averaged over decisions."""
-        probabilities = policy.softmax(logits, self._mask)
-        logs = tf.where(self._mask, tf.math.log(tf.maximum(probabilities, 1e-30)), 0.0)
-        over = tf.reduce_sum if self.sum_over_decisions else tf.reduce_mean
-        log_pi = over(tf.reduce_sum(tf.one_hot(samples, logits.shape[1]) * logs, axis=2), axis=1)
-        entropy = over(-tf.reduce_sum(probabilities * logs, axis=1))
-        return -tf.reduce_mean(tf.stop_gradient(advantage) * log_pi) + beta * entropy
+        baseline, square = (tf.math.divide_no_nan(moment, moments[2]) for moment in tf.unstack(moments)[:2])
+        return reward, moments, baseline, square - baseline**2
 
     # The decision
 
@@ -401,9 +327,7 @@ class Controller(keras.layers.Layer):
     def decide(self, agree: Callable[[np.ndarray], np.ndarray] = lambda choice: choice) -> np.ndarray:
         """Takes the decision: from now on one sample has (almost) all probability. On the host.
 
-        With the critic it is the sample of highest predicted reward; for a hard target, of highest predicted quality
-        with a cost within 1 % of it (or not above it), and where the menu has none, of the nearest cost. With
-        REINFORCE it is the most likely sample, as in the paper.
+        Which one: see `estimators.Critic.choose` and `estimators.Reinforce.choose`.
 
         Args:
           agree: Where several workers decide: what makes one choice of theirs, see `replicas.Workers.first`.
@@ -412,35 +336,17 @@ class Controller(keras.layers.Layer):
           int32 [D].
         """
         self._check_configured()
-        choice = np.array(self.most_likely())
-        if self.estimator == "critic":
-            state = critic.State(*[np.array(tf.convert_to_tensor(v)) for v in self._state])
-            effects = critic.solve_exactly(state, self._critic_prior)
-            choice = policy.best_sample(
-                effects,
-                self._mask,
-                self._cost,
-                self._score(effects, float(critic.level(state))),
-                float(tf.convert_to_tensor(self.target)),
-                choice,
-            )
-        choice = agree(choice)
+        state = [np.array(tf.convert_to_tensor(v)) for v in self._state]
+        target = float(tf.convert_to_tensor(self.target))
+        choice = agree(self._estimator.choose(state, np.array(self.most_likely()), target))
         rest = np.where(self._mask, -_DECIDED, 0.0)
         rest[np.arange(len(choice)), choice] = 0.0
         self.logits.assign(rest.astype(np.float32))
         self.decided.assign(True)
         return choice
 
-    def _score(self, effects: np.ndarray, level: float) -> Callable:
-        reward = self._reward
-        if not reward.hard:
-            return lambda quality, ratio: reward(quality + level, ratio).numpy()
-        # Quality cannot outweigh a violation of 1e-4.
-        price = 1e4 * (np.ptp(effects, axis=1).sum() + 1e-30)
-        return lambda quality, ratio: quality - price * reward.violation(ratio, 0.01)
-
     def _check_configured(self) -> None:
-        if self._expected_cost is None:
+        if self._objective is None:
             raise RuntimeError(
                 "The controller knows no cost and no target yet. fit() of a search model tells it. Before "
                 "train_on_batch call the model's configure_controller(total_steps), without a network configure()."

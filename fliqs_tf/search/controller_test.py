@@ -210,7 +210,7 @@ def test_reinforce_gradient_is_the_analytic_one():
     samples, advantage, beta = tf.constant([[0, 1, 2], [1, 1, 0]]), tf.constant([0.7, -0.2]), 0.3
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        loss = controller._reinforce_loss(logits, samples, advantage, beta)
+        loss = controller._estimator.loss(logits, samples, advantage, beta)
     gradient = tape.gradient(loss, logits).numpy()
     mask = np.arange(3) < np.array(SIZES)[:, None]
     p = np.where(mask, np.exp(logits), 0)
@@ -220,10 +220,10 @@ def test_reinforce_gradient_is_the_analytic_one():
     policy = [-a * (np.eye(3)[s] - p) for a, s in zip(advantage.numpy(), samples.numpy())]
     expected = (np.mean(policy, axis=0) - beta * p * (log_p + entropy)) / 3
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
-    controller.sum_over_decisions = True
+    controller._estimator.sum_over_decisions = True
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        loss = controller._reinforce_loss(logits, samples, advantage, beta)
+        loss = controller._estimator.loss(logits, samples, advantage, beta)
     np.testing.assert_allclose(tape.gradient(loss, logits), 3 * expected, atol=1e-6)
 
 
