@@ -54,9 +54,9 @@ flags.DEFINE_integer("quality_every", 5, "Steps between readings on held-out bat
 flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", lower_bound=2)
 flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
 flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")
-flags.DEFINE_float("delay", 0.25, "Share of the steps in which formats are drawn uniformly.", 0, 0.9)
+flags.DEFINE_float("warmup", 0.25, "Share of the steps in which formats are drawn without learning.", 0, 0.9)
 flags.DEFINE_float(
-    "settle", None, "Last share of the steps, with the formats decided; None: 0.4, REINFORCE: 0.1.", 0, 0.9
+    "frozen", None, "Last share of the steps, with the formats decided; None: 0.4, REINFORCE: 0.1.", 0, 0.9
 )
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
@@ -123,8 +123,8 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
             controller={
                 "estimator": FLAGS.estimator,
                 "entropy_schedule": FLAGS.entropy_schedule,
-                "delay": FLAGS.delay,
-                "settle": FLAGS.settle,
+                "warmup": FLAGS.warmup,
+                "frozen": FLAGS.frozen,
             },
         )
     except (ValueError, OSError) as error:
@@ -176,7 +176,7 @@ def train(model, data, run: RunDir | None, directory: pathlib.Path, preemption, 
     callbacks = [] if run is None else [fliqs_tf.SearchLog(run.path)]
     start = loop.train(model, data, run, directory, preemption, steps_per_epoch, total, callbacks, options)
     if start == total:  # the run before ended between its last checkpoint and its results
-        fitting.reestimate(model, first_batches)
+        fitting.recalibrate(model, first_batches)
 
 
 def summarize(model, data, total: int) -> dict:

@@ -129,7 +129,7 @@ def obstacles_table(name, platform, obstacles):
     Args:
       name: of the network.
       platform: its name.
-      obstacles: list of `fliqs_tf.costs.profile.Obstacle`.
+      obstacles: list of `fliqs_tf.costs.profile.UnsupportedLayer`.
 
     Returns:
       A `rich.table.Table`.

@@ -53,7 +53,7 @@ def test_spaces(menu):
 @hypothesis.given(TEXT | ANY)
 @many
 def test_targets(text):
-    target = understood(costs.target, text, lambda fmt: 40.0, "GBOPs", (1.0, 100.0))
+    target = understood(costs.parse_target_cost, text, lambda fmt: 40.0, "GBOPs", (1.0, 100.0))
     assert target is None or 0.999 <= target <= 100.001
 
 

@@ -275,7 +275,9 @@ class _Layout(tfmot.QuantizeLayoutTransform):
         annotations = {name: found["quantize_config"] for name, found in annotations.items() if found}
         paths = [path for path, _ in network.layers_to_quantize(model)]
         spaces = (scheme.space, scheme.space)
-        plans = rules_lib.plan(paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors)
+        plans = rules_lib.layer_quantizations(
+            paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors
+        )
         # TFMOT also asks the registry for layers before annotated ones, to quantize their output: nothing for these.
         scheme._registry = FliqsQuantizeRegistry(scheme.space, scheme.tensors, only=frozenset(plans))
         configs = {}

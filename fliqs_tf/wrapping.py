@@ -83,10 +83,10 @@ def wrap(
         profile = Profile.load(profile)
         menus = profile.menus(tensors, space)
     if target == "tflite":
-        menus = [boundaries.menu(menu) for menu in menus]
+        menus = [boundaries.integer_formats(menu) for menu in menus]
         rules = [_for_integers(rule) for rule in as_rules(rules)]
     elif target is not None:
-        menus = [targets.menu(menu, target, tensors) for menu in menus]
+        menus = [targets.supported_formats(menu, target, tensors) for menu in menus]
     options = (rules, granularity, tensors, *menus[1:])
     network = quantized_network(
         model,
@@ -98,7 +98,7 @@ def wrap(
     )
     if target == "tflite":
         lowering.check_layers(network)
-        network = boundaries.with_carriers(network)
+        network = boundaries.with_boundary_quantizers(network)
     searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
     if profile is not None:
         profile.check(searched.sites)
@@ -109,7 +109,7 @@ def wrap(
 
 def _for_integers(rule: Rule) -> Rule:
     has_menu = rule.formats is not None and rule.formats is not UNCHANGED
-    return dataclasses.replace(rule, formats=boundaries.menu(rule.formats)) if has_menu else rule
+    return dataclasses.replace(rule, formats=boundaries.integer_formats(rule.formats)) if has_menu else rule
 
 
 def _check_target(sites, target: str) -> None:
@@ -174,7 +174,7 @@ def apply(
             arguments[key] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
     copy = copying.quantized_copy(model, arguments, input_shape)
     if is_for_tflite(target):
-        copy = boundaries.with_carriers(copy)
+        copy = boundaries.with_boundary_quantizers(copy)
     if calibration_data is not None:
         source = batches.read(calibration_data, copy, "calibration_data")
         ranges.calibrate(copy, (batch.x for batch in source.some(ranges.BATCHES, 32)))

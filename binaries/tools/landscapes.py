@@ -168,12 +168,12 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
     """(controller, reward, samples per reading, steps between readings) of a row of the table.
 
     Source of the settings: method.md section 4; "REINFORCE normalized" is our default of
-    estimator="reinforce" with a reward that suits the noise. The
-    delay is a quarter of the run in all of them (reference code: 500 steps).
+    estimator="reinforce" with a reward that suits the noise. The warmup
+    is a quarter of the run in all of them (reference code: 500 steps).
     """
     noise = [Format(name).noise() for name in menu]
     sizes = [len(menu)] * decisions
-    plain = {"estimator": "reinforce", "settle": 0.0}
+    plain = {"estimator": "reinforce", "frozen": 0.0}
     readings = {"critic": (4, 5), "critic, every 8 steps": (4, 8), "critic, single readings": (1, 1)}
     if kind in readings:
         controller = Controller(sizes, prior=[[2 * n for n in noise]] * decisions if prior else None)
@@ -189,7 +189,7 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
             **plain,
             **settings,
             normalize_advantage=False,
-            # Grows tenfold from the end of the delay on; the length of the run is a variable of the controller.
+            # Grows tenfold from the end of the warmup on; the length of the run is a variable of the controller.
             learning_rate=lambda step: schedules.Growing(
                 4.8e-3, controller.total_steps, tf.cast(controller.total_steps, tf.float32) / 4.0
             )(step),

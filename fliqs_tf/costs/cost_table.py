@@ -100,7 +100,9 @@ class CostTable:
         return float(self.of_samples(sample)[0])
 
 
-def target(text: str | float, model_cost: Callable[[str], float], unit: str, reachable: tuple[float, float]) -> float:
+def parse_target_cost(
+    text: str | float, model_cost: Callable[[str], float], unit: str, reachable: tuple[float, float]
+) -> float:
     """A target cost in the cost's unit.
 
     Args:

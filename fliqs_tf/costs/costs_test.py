@@ -10,7 +10,7 @@ import tensorflow as tf
 from fliqs_tf import costs, wrapping
 from fliqs_tf._keras import keras
 from fliqs_tf.costs import Cost, CostTable, Site
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
@@ -268,7 +268,7 @@ def test_totals_of_large_networks_are_exact():
 
 def test_a_table_agrees_with_the_cost_of_a_recipe():
     model = wrapped(tensors="separate")
-    found = decisions(model)
+    found = open_decisions(model)
     table = CostTable(costs.bops, costs.sites(model), [(d.name, d.options) for d in found])
     for sample in itertools.product(range(2), repeat=4):
         recipe = Recipe({d.name: d.options[i] for d, i in zip(found, sample)}, "separate")
@@ -279,7 +279,7 @@ def test_a_table_agrees_with_the_cost_of_a_recipe():
 
 
 def read(text, reachable=(1.0, 100.0)):
-    return costs.target(text, lambda fmt: {"INT8": 40.0, "INT4": 10.0}[fmt], "GBOPs", reachable)
+    return costs.parse_target_cost(text, lambda fmt: {"INT8": 40.0, "INT4": 10.0}[fmt], "GBOPs", reachable)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def sites(model, input_shape=None, named=()) -> list[Site]:
     if hasattr(model, "sites"):
         return model.sites
     kinds = (Quantized, Product)
-    owners = {id(walking.inside(layer)): layer for _, layer in walking.walk(model) if isinstance(layer, kinds)}
+    owners = {id(walking.unwrapped(layer)): layer for _, layer in walking.walk(model) if isinstance(layer, kinds)}
     traced = tracing.trace(model, input_shape, named)
     return [_site(layer, owners.get(id(layer.layer)), plain=not owners) for layer in traced]
 

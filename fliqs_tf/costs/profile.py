@@ -53,7 +53,7 @@ _NEEDED = ("name", "unit", "per_unit", "sources", "cost_per_mac")
 
 
 @dataclasses.dataclass(frozen=True)
-class Obstacle:
+class UnsupportedLayer:
     """A layer that a platform cannot run.
 
     Attributes:
@@ -189,7 +189,7 @@ class Profile:
         known = list(dict.fromkeys(w for w, _ in self.pairs))
         return f"It has no {weights} weights, only {profile_entries.listed(known)}."
 
-    def obstacles(self, model, formats=None) -> list[Obstacle]:
+    def obstacles(self, model, formats=None) -> list[UnsupportedLayer]:
         """The layers that the platform cannot run, in network order; [] if it runs the network.
 
         Args:
@@ -206,7 +206,7 @@ class Profile:
             if reason := self.why_not(weights, activations):
                 if "FP32" in (weights.name, activations.name):
                     reason += f" What stays in float runs in {self.float_format} there."
-                found.append(Obstacle(site.path, self._as_run(weights), self._as_run(activations), reason))
+                found.append(UnsupportedLayer(site.path, self._as_run(weights), self._as_run(activations), reason))
         return found
 
     def menus(self, tensors: str = "together", space=None) -> tuple[Space, Space]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import copies, dataflow, layer_types, rewriting, walking
-from fliqs_tf.graph.commuting import activation, commutes, is_activation
+from fliqs_tf.graph.commuting import activation, is_activation, is_quantization_invariant
 from fliqs_tf.layers import ranges, shared_ranges
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -35,7 +35,7 @@ COMPUTING = (
 )
 
 
-def swallowed(graph: dataflow.Dataflow) -> set[int]:
+def fused_values(graph: dataflow.Dataflow) -> set[int]:
     """Values that do not exist in an integer network: the kernel that makes them goes on to the next step.
 
     A convolution takes batch normalization with it; it, normalization and addition take a ReLU.
@@ -65,13 +65,13 @@ def has_channels_last(norm, maker) -> bool:
     return axis == -1 or (axis == 3 and hasattr(maker, "filters")) or (axis == 1 and hasattr(maker, "units"))
 
 
-def places(model: keras.Model) -> list[str]:
+def boundary_layers(model: keras.Model) -> list[str]:
     """Paths of the layers behind which an integer network needs a carrier.
 
     A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
     """
     graph = dataflow.read(model)
-    inside, readers, integer = swallowed(graph), graph.readers(), _integer_values(graph)
+    inside, readers, integer = fused_values(graph), graph.readers(), _integer_values(graph)
     carried: dict[int, str] = {}
     ends: dict[int, set[tuple[str, int]]] = {}
     for call in reversed(graph.calls):
@@ -80,7 +80,7 @@ def places(model: keras.Model) -> list[str]:
         for reader in readers.get(value, ()):
             if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
                 found.add(("quantizer", reader.output))
-            elif value in inside or commutes(reader.layer):
+            elif value in inside or is_quantization_invariant(reader.layer):
                 found |= {("quantizer", reader.output)} if reader.output in carried else ends[reader.output]
             else:
                 found.add(("operation", reader.output))
@@ -91,7 +91,12 @@ def places(model: keras.Model) -> list[str]:
             carried[value] = call.path
     # What only moves carried codes needs no second carrier.
     for call in graph.calls:
-        if call.output in carried and commutes(call.layer) and len(call.inputs) == 1 and call.inputs[0] in carried:
+        if (
+            call.output in carried
+            and is_quantization_invariant(call.layer)
+            and len(call.inputs) == 1
+            and call.inputs[0] in carried
+        ):
             del carried[call.output]
     return list(dict.fromkeys(carried[call.output] for call in graph.calls if call.output in carried))
 
@@ -105,7 +110,7 @@ def _integer_values(graph: dataflow.Dataflow) -> set[int]:
             isinstance(call.layer, ActivationQuantizer)
             or _is_integer(call.layer, any)
             or (_computes(call) and all(known))
-            or (commutes(call.layer) and any(known))
+            or (is_quantization_invariant(call.layer) and any(known))
         ):
             found.add(call.output)
     return found
@@ -131,7 +136,7 @@ def _is_integer(layer, how) -> bool:
 # ---- putting them in
 
 
-def with_carriers(model: keras.Model) -> keras.Model:
+def with_boundary_quantizers(model: keras.Model) -> keras.Model:
     """A copy of a quantized network with carriers, and its weights.
 
     The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
@@ -141,14 +146,17 @@ def with_carriers(model: keras.Model) -> keras.Model:
       model: Functional or Sequential, with `Quantized` layers.
     """
     apart = rewriting.with_added(model, _activations_apart(model))
-    added = {path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)] for path in places(apart)}
+    added = {
+        path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)]
+        for path in boundary_layers(apart)
+    }
     copy = rewriting.with_added(apart, added, kinds=shared_ranges.KINDS)
     shared_ranges.link(copy)
     comparison.check(model, copy)
     return copy
 
 
-def menu(space) -> Space:
+def integer_formats(space) -> Space:
     """The formats of a menu that integer kernels have; the rest of it is dropped.
 
     Raises:
@@ -186,7 +194,7 @@ def calibrate(model: keras.Model, representative: Iterable | None) -> None:
     """Gives a range to the carriers that have none, from their readers or from data.
 
     Args:
-      model: What `with_carriers` gave.
+      model: What `with_boundary_quantizers` gave.
       representative: Batches of model inputs; None if there are none.
 
     Raises:

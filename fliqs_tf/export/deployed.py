@@ -87,7 +87,7 @@ def recipe(model) -> Recipe:
     in_float = [path for path, _ in walking.quantizable(model)]
     info = {"float_layers": in_float} if in_float else {}
     # What is chosen for tables says nothing of the kind: they have no input to quantize.
-    kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.inside(layer))} or {"weights"}
+    kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.unwrapped(layer))} or {"weights"}
     formats: dict[str, str] = {}
     members: dict[str, list[str]] = {}
     if len(kinds) > 1:  # layers quantized one by one: no recipe of one kind says that

@@ -23,11 +23,11 @@ from __future__ import annotations
 import numpy as np
 
 from fliqs_tf.export import deployed, targets
-from fliqs_tf.export.onnx_graph import Graph, Value, import_onnx
+from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.numerics.formats import Format
 
 
-def quantized_input(graph: Graph, x: Value, quantizer) -> Value:
+def quantized_input(graph: OnnxBuilder, x: Value, quantizer) -> Value:
     """A value as a quantizer of one fixed format rounds it.
 
     Raises:
@@ -72,7 +72,7 @@ def _needs_clip(fmt: Format, carrier: str, x: Value) -> bool:
     return fmt.is_integer and (fmt.name != carrier or not x.is_nonnegative)
 
 
-def float_weight(graph: Graph, weight, what: str, move=lambda k: k) -> str:
+def float_weight(graph: OnnxBuilder, weight, what: str, move=lambda k: k) -> str:
     """A weight as a float32 tensor of the graph, `move` taking it to ONNX's order of axes.
 
     Raises:

@@ -35,7 +35,7 @@ class Value:
     is_nonnegative: bool = False
 
 
-class Graph:
+class OnnxBuilder:
     """Nodes and constants of the file, and where we are: the path of the layer."""
 
     def __init__(self):

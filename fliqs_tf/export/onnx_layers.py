@@ -8,7 +8,7 @@ import numpy as np
 
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.export.onnx_formats import float_weight, quantized_input
-from fliqs_tf.export.onnx_graph import Graph, Value
+from fliqs_tf.export.onnx_graph import OnnxBuilder, Value
 from fliqs_tf.graph import copies
 
 _LAYERS = keras.layers
@@ -47,7 +47,7 @@ _ACTIVATIONS["swish"], _ACTIVATIONS["hard_swish"] = _ACTIVATIONS["silu"], _ACTIV
 _NONNEGATIVE = ("relu", "relu6", "sigmoid", "hard_sigmoid", "softplus", "exponential")
 
 
-def activation(graph: Graph, function, x: Value) -> Value:
+def activation(graph: OnnxBuilder, function, x: Value) -> Value:
     """A value after an activation function of Keras.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
 from fliqs_tf.export.onnx_formats import quantized_input
-from fliqs_tf.export.onnx_graph import Graph, Value, import_onnx
+from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.export.onnx_layers import CONVERTERS, FUNCTIONS, activation
 from fliqs_tf.graph import dataflow, layer_types
 from fliqs_tf.io import files
@@ -52,7 +52,7 @@ def takes(layer) -> bool:
 def _model(final):
     helper, proto = import_onnx().helper, import_onnx().TensorProto
     network = dataflow.read(final)
-    graph = Graph()
+    graph = OnnxBuilder()
     values, inputs = {}, []
     for value, name, shape, dtype in network.inputs:
         if dtype != "float32":
@@ -79,7 +79,7 @@ def _model(final):
     return model
 
 
-def _converted(graph: Graph, call: dataflow.Call, inputs: list[Value]) -> Value:
+def _converted(graph: OnnxBuilder, call: dataflow.Call, inputs: list[Value]) -> Value:
     layer = call.layer
     inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
     convert = CONVERTERS.get(type(inner))

@@ -41,7 +41,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class ActivationScale:
     """The values of a quantized activation: scale * code, |code| <= largest.
 
     Attributes:
@@ -106,7 +106,7 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class Graph:
+class IntegerNetwork:
     """Steps in the order of execution; inputs and outputs as in `dataflow.Dataflow`."""
 
     inputs: tuple[tuple[int, str, tuple, str], ...]

@@ -139,7 +139,7 @@ def runs(weights: Format | str, inputs: Format | str, target: str, kind: str | N
     return _TABLE[target](Format(weights), Format(inputs), kind)
 
 
-def menu(space: Space | str | Sequence, target: str, tensors: str = "together") -> Space:
+def supported_formats(space: Space | str | Sequence, target: str, tensors: str = "together") -> Space:
     """What of a menu a target runs, natively or emulated.
 
     Args:

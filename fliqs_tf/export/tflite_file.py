@@ -47,7 +47,7 @@ _ALIGNMENT = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class QuantizationParameters:
     """What the codes of an integer tensor mean: value = scale * (code - zero_point).
 
     Attributes:
@@ -69,7 +69,9 @@ class TfliteFile:
         self.operations: list[tuple] = []
         self._names: set[str] = set()
 
-    def tensor(self, name: str, shape, dtype, grid: Grid | None = None, data: np.ndarray | None = None) -> int:
+    def tensor(
+        self, name: str, shape, dtype, grid: QuantizationParameters | None = None, data: np.ndarray | None = None
+    ) -> int:
         """Adds a tensor.
 
         Args:

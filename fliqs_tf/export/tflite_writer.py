@@ -22,7 +22,7 @@ import numpy as np
 
 from fliqs_tf._keras import check_model
 from fliqs_tf.export import boundaries, lowering, tflite_file, tflite_kernels
-from fliqs_tf.export.steps import Graph, Grid, Linear, Step, ones
+from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step, ones
 from fliqs_tf.export.tflite_file import TfliteFile
 from fliqs_tf.graph import rewriting
 from fliqs_tf.io import batches, files
@@ -63,30 +63,30 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    model = boundaries.with_carriers(rewriting.without(final, requantize.ROUNDINGS))
+    model = boundaries.with_boundary_quantizers(rewriting.without(final, requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, model, "representative")
     boundaries.calibrate(model, examples and (batch.x for batch in examples.in_order(_BATCH)))
-    lowering.settle(model)
+    lowering.round_biases(model)
     writer = _Writer(lowering.steps(model), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return requantize.behind(model, writer.roundings)
+    return requantize.insert(model, writer.roundings)
 
 
 def as_shipped(model):
     """A copy of a trained model with carriers that computes what its file will: see what `tflite` returns."""
-    model = boundaries.with_carriers(model)
-    lowering.settle(model)
+    model = boundaries.with_boundary_quantizers(model)
+    lowering.round_biases(model)
     writer = _Writer(lowering.steps(model), int4=True)
     writer.run()
-    return requantize.behind(model, writer.roundings)
+    return requantize.insert(model, writer.roundings)
 
 
 class _Writer:
     """Turns steps into tensors and operations."""
 
-    def __init__(self, graph: Graph, int4: bool):
+    def __init__(self, graph: IntegerNetwork, int4: bool):
         self.graph, self.int4 = graph, int4
         # Last call of a step -> class and state of what rounds behind it; several in a network that is called several
         # times. Of a separable convolution's two kernels the second one's: there is no place between them.
@@ -95,7 +95,7 @@ class _Writer:
         self.readers = graph.readers()
         self.floats: dict[int, int] = {}  # value -> float32 tensor
         self.in_float: set[int] = set()  # values that are made in float32
-        self.codes: dict[int, dict[Grid, int]] = {}  # value -> int8 tensor by grid
+        self.codes: dict[int, dict[ActivationScale, int]] = {}  # value -> int8 tensor by grid
         self.shapes: dict[int, tuple] = {}
         self.names: dict[int, str] = {}  # value -> the layer that makes it
         self.constants: dict[tuple, int] = {}
@@ -137,7 +137,7 @@ class _Writer:
         self.floats[value] = self.file.tensor(name, (-1, *self.shapes[value]), np.float32)
         return self.floats[value]
 
-    def as_codes(self, value: int, grid: Grid) -> int:
+    def as_codes(self, value: int, grid: ActivationScale) -> int:
         """The int8 tensor of a value on a grid."""
         if grid not in self.codes.setdefault(value, {}):
             # From another grid by way of float: LiteRT's own step between two int8 tensors is off in 3 of 100 values.
@@ -150,7 +150,9 @@ class _Writer:
             self._finish(value, grid, raw)
         return self.codes[value][grid]
 
-    def new_codes(self, value: int, grid: Grid, activation: str) -> tuple[int, tflite_file.Grid, list]:
+    def new_codes(
+        self, value: int, grid: ActivationScale, activation: str
+    ) -> tuple[int, tflite_file.QuantizationParameters, list]:
         """A tensor for a kernel to write a value's codes to.
 
         Returns:
@@ -168,13 +170,13 @@ class _Writer:
             zero_points = [_LARGEST - m]
         else:
             zero_points = [_LARGEST - m, m - _LARGEST - 1]
-        meaning = tflite_file.Grid(grid.scale, zero_points[0])
+        meaning = tflite_file.QuantizationParameters(grid.scale, zero_points[0])
         return self._int8(value, meaning), meaning, zero_points[1:]
 
     def _finish(self, value, grid, raw) -> None:
         """From what the kernel wrote to the codes that all readers take."""
         tensor, _, zero_points = raw
-        last = [tflite_file.Grid(grid.scale, z) for z in zero_points]
+        last = [tflite_file.QuantizationParameters(grid.scale, z) for z in zero_points]
         if grid.spread > 1:
             last.append(self.meaning(grid))
         for meaning in last:
@@ -183,15 +185,15 @@ class _Writer:
             tensor = following
         self.codes.setdefault(value, {})[grid] = tensor
 
-    def _int8(self, value, meaning: tflite_file.Grid) -> int:
+    def _int8(self, value, meaning: tflite_file.QuantizationParameters) -> int:
         return self.file.tensor(f"codes_{value}", (-1, *self.shapes[value]), np.int8, meaning)
 
     @staticmethod
-    def meaning(grid: Grid) -> tflite_file.Grid:
+    def meaning(grid: ActivationScale) -> tflite_file.QuantizationParameters:
         """What the codes of `as_codes` mean."""
-        return tflite_file.Grid(grid.carried_scale)
+        return tflite_file.QuantizationParameters(grid.carried_scale)
 
-    def wanted(self, value: int) -> Grid | None:
+    def wanted(self, value: int) -> ActivationScale | None:
         """The grid that all readers of a value want its codes on; None if there is not exactly one."""
         if value in self.graph.outputs:
             return None
@@ -206,7 +208,7 @@ class _Writer:
         (grid,) = grids if len(grids) == 1 else (None,)
         return grid if grid is not None and boundaries.is_integer(grid.format) else None
 
-    def given(self, value: int) -> Grid | None:
+    def given(self, value: int) -> ActivationScale | None:
         """The grid of a value that is made in codes; those that readers of a float value round it to are theirs."""
         return None if value in self.in_float else next(iter(self.codes.get(value, ())), None)
 
@@ -320,19 +322,19 @@ class _Writer:
         axis = 3 if linear.operation == "depthwise" else 0
         narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
         is_litert = narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
-        rounding = requantize.twice if is_litert else requantize.once
+        rounding = requantize.double_rounding if is_litert else requantize.single_rounding
         self.rounds(step, rounding(meaning.scale, scale, target.scale))
         weights = self.constant(
             f"{step.path}/weights",
             tflite_kernels.arranged(linear.operation, codes),
             "int4" if narrow else np.int8,
-            tflite_file.Grid(scale.astype(np.float32), 0, axis),
+            tflite_file.QuantizationParameters(scale.astype(np.float32), 0, axis),
         )
         biases = self.constant(
             f"{step.path}/bias",
             bias,
             np.int32,
-            tflite_file.Grid(np.float32(meaning.scale) * scale.astype(np.float32)),
+            tflite_file.QuantizationParameters(np.float32(meaning.scale) * scale.astype(np.float32)),
         )
         self.linear_operation(step, linear.operation, [source, weights, biases], tensor)
 
@@ -369,7 +371,9 @@ class _Writer:
         source = self.as_codes(step.inputs[0], grids[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
         height, width, _ = step.shapes[0]
-        rounding = requantize.once(self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning.scale)
+        rounding = requantize.single_rounding(
+            self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning.scale
+        )
         self.rounds(step, rounding)
 
     def integer_add(self, step, grids, tensor, meaning):
@@ -378,7 +382,7 @@ class _Writer:
     def integer_multiply(self, step, grids, tensor, meaning):
         self._binary("MUL", step, grids, tensor)
         left, right = (self.meaning(grid).scale for grid in grids)
-        self.rounds(step, requantize.once(left, np.full(1, right), meaning.scale))
+        self.rounds(step, requantize.single_rounding(left, np.full(1, right), meaning.scale))
 
     def _binary(self, name, step, grids, tensor):
         left, right = (self.as_codes(value, grid) for value, grid in zip(step.inputs, grids))
@@ -395,7 +399,9 @@ class _Writer:
         else:
             axis = 3 if linear.operation == "depthwise" else 0
             codes = tflite_kernels.arranged(linear.operation, linear.codes)
-            meaning = tflite_file.Grid(np.maximum(linear.scale.astype(np.float32), np.finfo(np.float32).tiny), 0, axis)
+            meaning = tflite_file.QuantizationParameters(
+                np.maximum(linear.scale.astype(np.float32), np.finfo(np.float32).tiny), 0, axis
+            )
             stored = self.constant(name, codes, np.int8, meaning)
             weights = self.file.tensor(name, codes.shape, np.float32)
             self.file.operation("DEQUANTIZE", [stored], [weights])

@@ -263,7 +263,7 @@ def test_places_of_carriers_in_a_residual_block():
     y = L.Dense(2, name="logits")(L.GlobalAveragePooling2D(name="pool")(y))
     final = fliqs_tf.apply(keras.Model(image, y), "INT8")
     # relu1 has two readers, norm and relu2 an operation, logits the caller; add goes into relu2, pool into logits.
-    assert boundaries.places(final) == ["relu1", "norm", "relu2", "logits"]
+    assert boundaries.boundary_layers(final) == ["relu1", "norm", "relu2", "logits"]
 
 
 def test_search_for_tflite_ships_what_was_trained(tmp_path):

@@ -98,7 +98,7 @@ class Product(keras.layers.Layer):
         }
 
 
-def place(attention, arguments: dict[str, dict]) -> None:
+def install(attention, arguments: dict[str, dict]) -> None:
     """Has an attention layer compute its products quantized.
 
     Args:

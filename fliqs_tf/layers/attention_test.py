@@ -12,7 +12,7 @@ from fliqs_tf.graph import walking
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.quantize import copying
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
@@ -47,7 +47,7 @@ def by_hand(model, x, memory, formats=("FP32",) * 4, mask=None):
     def rounded(x, fmt):
         return fake_quant(x, fmt)
 
-    layer = walking.inside(model.get_layer("attention"))
+    layer = walking.unwrapped(model.get_layer("attention"))
     key, query, value, probabilities = formats
     q, k = project(x, layer._query_dense) / np.float32(3**0.5), project(memory, layer._key_dense)
     scores = tf.einsum("btnh,bsnh->bnts", rounded(q, query), rounded(k, key))
@@ -154,7 +154,7 @@ def test_attention_inside_of_a_layer(tmp_path):
     inputs = keras.Input((5, 6))
     model = keras.Model(inputs, Block(name="block")(inputs), name="net")
     network = quantized_network(model, MENU, IN_FLOAT, attention_scores=True)
-    assert [d.name for d in decisions(network)] == [f"block/{p}" for p in PRODUCTS]
+    assert [d.name for d in open_decisions(network)] == [f"block/{p}" for p in PRODUCTS]
     assert [s.macs for s in costs.sites(network) if s.weight_decision] == [2 * 5 * 5 * 3] * 2
     fixed = copying.fixed(network, {"block/attention/scores": "INT8"})
     assert [products(fixed)[f"block/{p}"].get_config()["weight_formats"] for p in PRODUCTS] == [["INT8"], ["INT4"]]

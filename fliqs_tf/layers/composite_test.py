@@ -13,7 +13,7 @@ from fliqs_tf.layers.composite import Composite
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.quantize import copying
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
@@ -51,7 +51,7 @@ def saved_and_loaded(model, tmp_path):
 def test_attention_has_a_decision_per_projection_and_computes_the_same_in_fp32():
     model = attention()
     network = quantized_network(model, MENU)
-    assert [d.name for d in decisions(network)] == [f"attention/{p}" for p in PROJECTIONS]
+    assert [d.name for d in open_decisions(network)] == [f"attention/{p}" for p in PROJECTIONS]
     np.testing.assert_array_equal(network(ATTENTION_DATA), model(ATTENTION_DATA))
     assert len(network.trainable_variables) == len(model.trainable_variables)
     assert not any(isinstance(layer, Quantized) for _, layer in walking.walk(model))

@@ -11,7 +11,7 @@ from fliqs_tf.export import deployed
 from fliqs_tf.graph import walking
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
@@ -30,7 +30,7 @@ def net(mask_zero=False, dtype="int32"):
 
 
 def table(model):
-    return tf.convert_to_tensor(walking.inside(model.get_layer("embedding")).embeddings)
+    return tf.convert_to_tensor(walking.unwrapped(model.get_layer("embedding")).embeddings)
 
 
 def search(**options):
@@ -71,7 +71,7 @@ def test_masks_of_a_quantized_embedding():
     np.testing.assert_array_equal(fixed.get_layer("embedding")(TOKENS)._keras_mask, TOKENS != 0)
     before = np.array(fixed(TOKENS))
     np.testing.assert_allclose(before, model(TOKENS), atol=0.05)
-    variable = walking.inside(fixed.get_layer("embedding")).embeddings
+    variable = walking.unwrapped(fixed.get_layer("embedding")).embeddings
     variable.assign(tf.tensor_scatter_nd_update(table(fixed), [[0]], tf.fill((1, 6), 9.0)))
     np.testing.assert_array_equal(fixed(TOKENS), before)  # token 0 is masked
 
@@ -120,7 +120,7 @@ def test_search_recipe_deploy_and_files(tensors, formats, tmp_path):
 def test_rules_and_ties_reach_embeddings():
     rules = [fliqs_tf.Rule("embedding|head", tie="all")]
     network = quantized_network(net(), MENU, rules, tensors="separate", embeddings=True)
-    assert [(d.name, d.layers) for d in decisions(network)] == [
+    assert [(d.name, d.layers) for d in open_decisions(network)] == [
         ("all/weights", ["embedding", "head"]),
         ("all/activations", ["head"]),
     ]

@@ -12,7 +12,7 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
 
-def has_carriers(model: keras.Model) -> bool:
+def has_boundary_quantizers(model: keras.Model) -> bool:
     """True if int8 tensors between layers are simulated."""
     return any(isinstance(layer, ActivationQuantizer) for _, layer in walking.walk(model))
 
@@ -26,7 +26,7 @@ def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQ
         if isinstance(call.layer, ActivationQuantizer):
             source[call.output] = call.layer
         elif len(call.inputs) == 1 and call.inputs[0] in source:
-            if commuting.commutes(call.layer):
+            if commuting.is_quantization_invariant(call.layer):
                 source[call.output] = source[call.inputs[0]]
             elif isinstance(call.layer, Quantized) and call.layer.activation_quantizer is not None:
                 found.append((source[call.inputs[0]], call.layer.activation_quantizer))
@@ -54,14 +54,14 @@ class _Linked:
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
-class CarrierModel(_Linked, keras.Model):
+class BoundaryModel(_Linked, keras.Model):
     """A Functional model with carriers."""
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
-class CarrierSequential(_Linked, keras.Sequential):
+class BoundarySequential(_Linked, keras.Sequential):
     """A Sequential model with carriers."""
 
 
-KINDS = (CarrierModel, CarrierSequential)
+KINDS = (BoundaryModel, BoundarySequential)
 """The Functional and the Sequential form of a network with carriers."""

@@ -39,7 +39,7 @@ class Decision:
         return list({id(q.choice): q.choice for q in self.quantizers}.values())
 
 
-def decisions(network: keras.Model) -> list[Decision]:
+def open_decisions(network: keras.Model) -> list[Decision]:
     """What is left to decide in a quantized network, in network order. Menus of one format decide nothing."""
     found: dict[str, Decision] = {}
     for path, layer in walking.walk(network):

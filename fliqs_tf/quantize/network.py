@@ -45,7 +45,7 @@ def quantized_network(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
             "take tensors='together' or 'separate'."
         )
-    plans = rules_lib.plan(
+    plans = rules_lib.layer_quantizations(
         [path for path, _ in layers], walking.annotations(model), spaces, rules, granularity, tensors
     )
     _log_left_in_float(model, plans)

@@ -14,7 +14,7 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.numerics.space import Space
 from fliqs_tf.quantize import copying
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
@@ -43,7 +43,7 @@ def convolutional():
 def decided(model, space=MENU, **options):
     """{decision: (menu, layers)}"""
     network = quantized_network(model, space, **options)
-    return {d.name: (d.options, d.layers) for d in decisions(network)}
+    return {d.name: (d.options, d.layers) for d in open_decisions(network)}
 
 
 def randomized(model, seed=0):
@@ -58,7 +58,7 @@ def outputs(model, seed=0):
 
 
 def choose(network, formats):
-    for decision in decisions(network):
+    for decision in open_decisions(network):
         for quantizer in decision.quantizers:
             quantizer.choice.assign(decision.options.index(formats[decision.name]))
 
@@ -76,7 +76,7 @@ def test_one_decision_for_the_model():
 
 def test_weights_only():
     network = quantized_network(dense_chain("a"), MENU, tensors="weights")
-    (decision,) = decisions(network)
+    (decision,) = open_decisions(network)
     assert (decision.name, len(decision.quantizers)) == ("a", 1)
     assert network.get_layer("a").activation_quantizers == []
 
@@ -104,7 +104,7 @@ def test_a_decision_sets_weights_and_input():
 def test_a_separable_convolution_is_one_decision_of_four_tensors():
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, L.SeparableConv2D(4, 3, name="conv")(inputs))
-    (decision,) = decisions(quantized_network(model, MENU))
+    (decision,) = open_decisions(quantized_network(model, MENU))
     assert (decision.layers, len(decision.quantizers)) == (["conv"], 4)
 
 
@@ -120,13 +120,13 @@ def test_a_rule_restricts():
 
 def test_a_rule_of_one_format_fixes():
     network = quantized_network(dense_chain("a", "b"), MENU, rules=[("a", ["INT8"])])
-    assert [d.name for d in decisions(network)] == ["b"]
+    assert [d.name for d in open_decisions(network)] == ["b"]
     assert network.get_layer("a").weight_quantizers[0].space == Space(["INT8"])
 
 
 def test_a_rule_leaves_in_float():
     network = quantized_network(dense_chain("a", "b"), MENU, rules=[("a", None)])
-    assert [d.name for d in decisions(network)] == ["b"]
+    assert [d.name for d in open_decisions(network)] == ["b"]
     assert type(network.get_layer("a")) is L.Dense
 
 
@@ -233,7 +233,7 @@ def test_nested_models_and_shared_layers():
     inputs = keras.Input((3,))
     model = randomized(keras.Model(inputs, [shared(inner(inner(inputs))), L.Dense(3, name="fc")(inputs)]))
     network = quantized_network(model, ["INT4", "FP32"])
-    found = {d.name: d for d in decisions(network)}
+    found = {d.name: d for d in open_decisions(network)}
     assert {name: d.layers for name, d in found.items()} == {
         "inner/fc": ["inner/fc"],
         "inner/shared": ["inner/shared"],
@@ -418,7 +418,7 @@ def test_recipes_of_every_kind(recipe, options, expected):
     choose(searched, recipe.formats)
     for network in (applied, fixed):
         assert formats_of(network) == expected
-        assert decisions(network) == []
+        assert open_decisions(network) == []
         np.testing.assert_array_equal(outputs(network), outputs(searched))
     for path in expected:
         a, b = applied.get_layer(path), fixed.get_layer(path)

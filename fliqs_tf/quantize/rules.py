@@ -46,7 +46,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LayerQuantization:
     """How one layer is quantized: menus of its weights and of its input (None: stays in float), and the decisions."""
 
     space: Space
@@ -61,7 +61,7 @@ class Plan:
         return dict(zip(composite.ARGUMENTS, values))
 
 
-def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, Plan]:
+def layer_quantizations(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, LayerQuantization]:
     """How each layer is quantized: layer path -> plan, without those that stay in float.
 
     Args:
@@ -132,7 +132,7 @@ def _tied(rule: Rule, match: re.Match, path: str) -> str:
     return name
 
 
-def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, Plan]:
+def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, LayerQuantization]:
     """Layer path -> plan, without the layers that stay in float. spaces: menus of weights and of inputs."""
     if granularity not in ("layer", "model"):
         raise ValueError(
@@ -156,12 +156,12 @@ def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str)
         if decision is None:  # a menu of its own is a decision of its own
             decision = "model" if granularity == "model" and menus == spaces else path
         inputs = None if tensors == "weights" else menus[1]
-        plans[path] = Plan(menus[0], inputs, *decision_names(decision, tensors))
+        plans[path] = LayerQuantization(menus[0], inputs, *decision_names(decision, tensors))
     _check_menus(plans)
     return plans
 
 
-def _check_menus(plans: dict[str, Plan]) -> None:
+def _check_menus(plans: dict[str, LayerQuantization]) -> None:
     first: dict[str, str] = {}
     for path, plan in plans.items():
         other = first.setdefault(plan.weight_decision, path)

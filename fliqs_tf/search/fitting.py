@@ -66,7 +66,7 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     model.use_sample()
     if model.stop_training or step >= total:
         # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
-        reestimate(model, calibration)
+        recalibrate(model, calibration)
     return history
 
 
@@ -85,7 +85,7 @@ def decide_if_due(model) -> None:
         decide(model)
 
 
-def reestimate(model, data) -> None:
+def recalibrate(model, data) -> None:
     """Estimates the moving averages of a search model for its formats; a warning where there is nothing to do it from.
 
     Args:
@@ -115,7 +115,7 @@ def estimate(network, data) -> int:
     source = data if isinstance(data, batches.Source) else batches.read(data, network, "calibration_data")
     size = source.batch_size or _BATCH_SIZE
     inputs = (batch.x for batch in source.some(ESTIMATION_BATCHES, size))
-    return batch_norm.reestimate(network, inputs, shared=source.is_distributed)
+    return batch_norm.recalibrate(network, inputs, shared=source.is_distributed)
 
 
 def _training_source(network, arguments) -> batches.Source | None:

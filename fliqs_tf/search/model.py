@@ -33,7 +33,7 @@ from fliqs_tf.quantize import decisions as decisions_lib
 from fliqs_tf.quantize.decisions import Decision
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.search import compile_config, fitting, rewards
-from fliqs_tf.search.controller import Controller
+from fliqs_tf.search.controller import Controller, present_names
 from fliqs_tf.search.quality import quality_function
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -55,7 +55,7 @@ class SearchModel(keras.Model):
         super().__init__(**kwargs)
         self.network = network
         self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
-        if shared_ranges.has_carriers(network):
+        if shared_ranges.has_boundary_quantizers(network):
             shared_ranges.link(network)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
@@ -91,7 +91,7 @@ class SearchModel(keras.Model):
     @functools.cached_property
     def decisions(self) -> list[Decision]:
         """What the search decides, in network order."""
-        return decisions_lib.decisions(self.network)
+        return decisions_lib.open_decisions(self.network)
 
     @functools.cached_property
     def sites(self) -> list[costs.Site]:
@@ -142,7 +142,7 @@ class SearchModel(keras.Model):
           quality_every: With `fit(quality_data=...)`: training steps between two readings (our choice: 5;
             8 finds formats a little less good, and takes less time).
           quality_samples: Samples compared on the same held-out batch at a reading (our choice: 4).
-          search_steps: Length of the search; in the last part of it formats are decided and stay (`settle` of
+          search_steps: Length of the search; in the last part of it formats are decided and stay (`frozen` of
             `Controller`). None: all steps of the first `fit`.
           seed: Of the draws.
           sample_per_replica: Under a distribution strategy: False: replicas compute with the same sample, and quality
@@ -172,7 +172,9 @@ class SearchModel(keras.Model):
         table = costs.CostTable(cost_object, self.sites, [(d.name, d.options) for d in self.decisions])
         target = None
         if target_cost is not None:
-            target = costs.target(target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable())
+            target = costs.parse_target_cost(
+                target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable()
+            )
             target_cost = target_cost if isinstance(target_cost, str) else target
         if controller is not None:
             self._set_controller(self._new_controller(controller))
@@ -312,7 +314,7 @@ class SearchModel(keras.Model):
           The recipe that was decided.
         """
         fitting.decide(self)
-        fitting.reestimate(self, calibration_data)
+        fitting.recalibrate(self, calibration_data)
         return self.recipe()
 
     @tf.autograph.experimental.do_not_convert
@@ -492,7 +494,7 @@ class SearchModel(keras.Model):
         used = fitting.estimate(model, calibration_data)
         if other and not used and batch_norm.batch_norms(model):
             _LOG.warning("The moving averages of batch normalization belong to other formats: give calibration_data.")
-        if shared_ranges.has_carriers(model) and not ranges.unseen(model):
+        if shared_ranges.has_boundary_quantizers(model) and not ranges.unseen(model):
             return tflite_writer.as_shipped(model)
         return model
 
@@ -510,6 +512,7 @@ class SearchModel(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
+        config["controller"] = present_names(config.get("controller") or {})
         config["network"] = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
         if config.get("profile") is not None:
             config["profile"] = Profile(config["profile"])
