@@ -235,7 +235,7 @@ def _uniform_formats(model) -> list[str]:
     """The narrowest format of the menus, and the most precise one of 8 bits or fewer."""
     menu = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
     names = dict.fromkeys(f.name for f in (menu[0], *[f for f in menu if f.bits <= 8][-1:]))
-    return [name for name in names if not model.profile or not model.profile.obstacles(model, name)]
+    return [name for name in names if not model.profile or not model.profile.unsupported_layers(model, name)]
 
 
 def _reference(path: pathlib.Path) -> dict:

@@ -6,7 +6,7 @@ priced on several:
     profile = fliqs_tf.Profile.load("nvidia_h100_sxm")     # shipped: fliqs_tf.Profile.shipped(); or a path
     qmodel = fliqs_tf.wrap(model, profile=profile)          # the menu is what the platform has
     profile.cost(qmodel, recipe)                            # in profile.unit, per example
-    profile.obstacles(qmodel, recipe)                       # layers that the platform cannot run, and why
+    profile.unsupported_layers(qmodel, recipe)              # layers that the platform cannot run, and why
 
 The file:
 
@@ -189,7 +189,7 @@ class Profile:
         known = list(dict.fromkeys(w for w, _ in self.pairs))
         return f"It has no {weights} weights, only {profile_entries.listed(known)}."
 
-    def obstacles(self, model, formats=None) -> list[UnsupportedLayer]:
+    def unsupported_layers(self, model, formats=None) -> list[UnsupportedLayer]:
         """The layers that the platform cannot run, in network order; [] if it runs the network.
 
         Args:

@@ -122,18 +122,18 @@ def test_the_bops_profile_is_bops():
 # ---- what cannot run
 
 
-def test_obstacles_name_the_layer_and_the_reason():
+def test_unsupported_layers_name_the_layer_and_the_reason():
     recipe = fliqs_tf.Recipe({"conv": "INT4", "fc": "E4M3"})
-    found = chip().obstacles(Sites, recipe)
+    found = chip().unsupported_layers(Sites, recipe)
     assert [(o.path, o.weights, o.activations) for o in found] == [("conv", "INT4", "INT4"), ("fc", "E4M3", "E4M3")]
     assert found[0].reason == "It multiplies INT4 weights only by INT8 inputs."
     assert found[1].reason == "It has no E4M3 weights, only INT4, INT8, BF16, FP32."
-    assert chip().obstacles(Sites, "INT8") == []
+    assert chip().unsupported_layers(Sites, "INT8") == []
 
 
-def test_a_float_layer_may_be_the_obstacle():
+def test_a_float_layer_may_be_unsupported():
     integer_only = chip(cost_per_mac=CHIP["cost_per_mac"][:2])
-    (found,) = integer_only.obstacles(Sites, fliqs_tf.Recipe({"fc": "INT8"}, info={"float_layers": ["conv"]}))
+    (found,) = integer_only.unsupported_layers(Sites, fliqs_tf.Recipe({"fc": "INT8"}, info={"float_layers": ["conv"]}))
     assert found.path == "conv"
     assert found.reason == "It has no FP32 weights, only INT4, INT8. What stays in float runs in FP32 there."
 
@@ -145,7 +145,7 @@ def test_pricing_what_cannot_run_is_an_error():
 
 def test_a_recipe_of_another_model():
     with pytest.raises(ValueError, match="no format for 'fc' of model 'net'"):
-        chip().obstacles(Sites, fliqs_tf.Recipe({"conv": "INT8"}))
+        chip().unsupported_layers(Sites, fliqs_tf.Recipe({"conv": "INT8"}))
 
 
 # ---- menus
@@ -248,7 +248,7 @@ def test_weights_and_inputs_apart_take_menus_that_run():
     for sample in itertools.product(range(2), repeat=4):
         by_hand = float((CONV * pairs[sample[:2]] + FC * pairs[sample[2:]]) / 1000)
         np.testing.assert_allclose(model.cost_table.of_samples([sample])[0], by_hand, rtol=1e-15)
-    assert not GPU.obstacles(model)
+    assert not GPU.unsupported_layers(model)
 
 
 def test_a_fixed_input_format_leaves_the_weights_to_choose():
@@ -317,7 +317,7 @@ def test_a_shipped_profile_is_cited_and_runs_a_network(name):
     model = fliqs_tf.wrap(network(), profile=name, tensors=tensors)
     low, high = costs.CostTable(profile.cost, model.sites, [(d.name, d.options) for d in model.decisions]).reachable()
     assert 0 < low < high
-    assert profile.obstacles(model) == []
+    assert profile.unsupported_layers(model) == []
 
 
 # Operations per second that the sources print, per format, halved where they are printed with sparsity.
@@ -351,8 +351,8 @@ def test_mixed_formats_on_gpus():
     assert (
         Profile.load("nvidia_b200_hgx").pairs["E2M1", "E4M3"] == Profile.load("nvidia_b200_hgx").pairs["E4M3", "E4M3"]
     )
-    assert [o.path for o in Profile.load("nvidia_h100_sxm").obstacles(Sites, "E2M1")] == ["conv", "fc"]
-    assert [o.path for o in Profile.load("google_tpu_v5e").obstacles(Sites, recipe)] == ["conv", "fc"]
+    assert [o.path for o in Profile.load("nvidia_h100_sxm").unsupported_layers(Sites, "E2M1")] == ["conv", "fc"]
+    assert [o.path for o in Profile.load("google_tpu_v5e").unsupported_layers(Sites, recipe)] == ["conv", "fc"]
 
 
 # ---- files

@@ -1,11 +1,11 @@
-"""Carriers: the int8 tensors between the layers of an integer network.
+"""Boundary quantizers: the int8 tensors between the layers of an integer network, as layers.
 
 The search gives a format to the input of every quantized layer. Integer kernels (LiteRT's) also hand int8 tensors to
-additions, pooling, concatenation, to several layers at once, and out of the network. A carrier is an
-`ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and makes
-the Keras model compute what the integer network will.
+additions, pooling, concatenation, to several layers at once, and out of the network. A boundary quantizer is
+an `ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and
+makes the Keras model compute what the integer network will.
 
-Where a value goes straight into one quantized layer there is none: the kernel before writes that layer's codes.
+Where a value goes straight into one quantized layer there is none: the layer before writes that layer's codes.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def has_channels_last(norm, maker) -> bool:
 
 
 def boundary_layers(model: keras.Model) -> list[str]:
-    """Paths of the layers behind which an integer network needs a carrier.
+    """Paths of the layers behind which an integer network needs a boundary quantizer.
 
     A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
     """
     graph = dataflow.read(model)
     inside, readers, integer = fused_values(graph), graph.readers(), _integer_values(graph)
-    carried: dict[int, str] = {}
+    quantized: dict[int, str] = {}
     ends: dict[int, set[tuple[str, int]]] = {}
     for call in reversed(graph.calls):
         value = call.output
@@ -81,24 +81,24 @@ def boundary_layers(model: keras.Model) -> list[str]:
             if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
                 found.add(("quantizer", reader.output))
             elif value in inside or is_quantization_invariant(reader.layer):
-                found |= {("quantizer", reader.output)} if reader.output in carried else ends[reader.output]
+                found |= {("quantizer", reader.output)} if reader.output in quantized else ends[reader.output]
             else:
                 found.add(("operation", reader.output))
         ends[value] = found
         is_direct = len(found) == 1 and next(iter(found))[0] == "quantizer"
-        is_carrier = isinstance(call.layer, ActivationQuantizer)
-        if found and value in integer and value not in inside and not is_direct and not is_carrier:
-            carried[value] = call.path
-    # What only moves carried codes needs no second carrier.
+        is_boundary = isinstance(call.layer, ActivationQuantizer)
+        if found and value in integer and value not in inside and not is_direct and not is_boundary:
+            quantized[value] = call.path
+    # What only moves codes needs no second quantizer.
     for call in graph.calls:
         if (
-            call.output in carried
+            call.output in quantized
             and is_quantization_invariant(call.layer)
             and len(call.inputs) == 1
-            and call.inputs[0] in carried
+            and call.inputs[0] in quantized
         ):
-            del carried[call.output]
-    return list(dict.fromkeys(carried[call.output] for call in graph.calls if call.output in carried))
+            del quantized[call.output]
+    return list(dict.fromkeys(quantized[call.output] for call in graph.calls if call.output in quantized))
 
 
 def _integer_values(graph: dataflow.Dataflow) -> set[int]:
@@ -137,10 +137,10 @@ def _is_integer(layer, how) -> bool:
 
 
 def with_boundary_quantizers(model: keras.Model) -> keras.Model:
-    """A copy of a quantized network with carriers, and its weights.
+    """A copy of a quantized network with boundary quantizers, and its weights.
 
     The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
-    own, so that there can be a carrier before it.
+    own, so that there can be a boundary quantizer before it.
 
     Args:
       model: Functional or Sequential, with `Quantized` layers.
@@ -191,7 +191,7 @@ def _activations_apart(model) -> dict[str, list]:
 
 
 def calibrate(model: keras.Model, representative: Iterable | None) -> None:
-    """Gives a range to the carriers that have none, from their readers or from data.
+    """Gives a range to the boundary quantizers that have none, from their readers or from data.
 
     Args:
       model: What `with_boundary_quantizers` gave.
@@ -200,9 +200,9 @@ def calibrate(model: keras.Model, representative: Iterable | None) -> None:
     Raises:
       ValueError: A range is missing and there is no data.
     """
-    for carrier, quantizer in shared_ranges.followers(model):
-        if carrier.range[1] == 0 and quantizer.range[1] > 0:
-            carrier.range.assign(quantizer.range)
+    for boundary, quantizer in shared_ranges.followers(model):
+        if boundary.range[1] == 0 and quantizer.range[1] > 0:
+            boundary.range.assign(quantizer.range)
     shared_ranges.link(model)
     missing = list(ranges.unseen(model))
     if missing and representative is None:

@@ -108,7 +108,7 @@ def _read(call: dataflow.Call, inputs, output, fresh) -> list[Step]:
     if isinstance(layer, Quantized):
         return _read_quantized(call, inputs, output, fresh)
     if isinstance(layer, ActivationQuantizer):
-        return [Step("quantize", *base, options={"grid": activation_scale(layer, call.path)})]
+        return [Step("quantize", *base, options={"scale": activation_scale_of(layer, call.path)})]
     if layer_types.kernels(layer):
         return _linear_steps(call, layer, call.inputs[0], inputs[0], output, None, fresh)
     reader = _READERS.get(type(layer))
@@ -132,7 +132,7 @@ def _merging_steps(call, kind, inputs, output, fresh) -> list[Step]:
     return [*made, Step(kind, call.path, tuple(values), call.output, (*shapes, output))]
 
 
-def activation_scale(quantizer: ActivationQuantizer, path: str) -> ActivationScale:
+def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> ActivationScale:
     """What a quantizer of one fixed format rounds to.
 
     Raises:
@@ -164,9 +164,13 @@ def _fixed(quantizer, path) -> tuple[Format, ...]:
 def _read_quantized(call, inputs, output, fresh) -> list[Step]:
     layer, value, made = call.layer, call.inputs[0], []
     if layer.activation_quantizer is not None:
-        grid = activation_scale(layer.activation_quantizer, call.path)
+        activation_scale = activation_scale_of(layer.activation_quantizer, call.path)
         quantized = next(fresh)
-        made.append(Step("quantize", call.path, (value,), quantized, (inputs[0], inputs[0]), options={"grid": grid}))
+        made.append(
+            Step(
+                "quantize", call.path, (value,), quantized, (inputs[0], inputs[0]), options={"scale": activation_scale}
+            )
+        )
         value = quantized
     return made + _linear_steps(call, layer.layer, value, inputs[0], output, layer, fresh)
 
@@ -185,8 +189,10 @@ def _linear_steps(call, layer, value, shape, output, quantized, fresh) -> list[S
         made.append(Step("linear", call.path, (value,), middle, (shape, middle_shape), options=options, linear=first))
         value, shape = middle, middle_shape
         if quantized is not None and quantized.middle_quantizer is not None:
-            grid, rounded = activation_scale(quantized.middle_quantizer, call.path), next(fresh)
-            made.append(Step("quantize", call.path, (value,), rounded, (shape, shape), options={"grid": grid}))
+            activation_scale, rounded = activation_scale_of(quantized.middle_quantizer, call.path), next(fresh)
+            made.append(
+                Step("quantize", call.path, (value,), rounded, (shape, shape), options={"scale": activation_scale})
+            )
             value = rounded
         second = _linear(call.path, layer, kernels[1], quantizers[1], "conv", with_bias=True)
         options = {"strides": (1, 1), "padding": "valid", "dilation": (1, 1)}
@@ -433,21 +439,23 @@ def round_biases(model: keras.Model) -> None:
     of layers in float formats are rounded no more: the file computes these in float32.
 
     Args:
-      model: A deployed model with carriers.
+      model: A deployed model with boundary quantizers.
     """
     for _, layer in walking.walk(model):
         for quantizer in layer.activation_quantizers if isinstance(layer, Quantized) else ():
             if not boundaries.is_integer(deployed.format_of(quantizer)):
                 quantizer.pass_through()
     graph = steps(model)
-    grids = {step.output: step.options["grid"] for step in graph.steps if step.kind == "quantize"}
+    activation_scales = {step.output: step.options["scale"] for step in graph.steps if step.kind == "quantize"}
     moves: dict[int, tuple] = {}  # variable by id -> it, and how far each call of its layer wants it moved
     for step in graph.steps:
-        if step.shift is None or not all(v in grids and boundaries.is_integer(grids[v].format) for v in step.inputs):
+        if step.shift is None or not all(
+            v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs
+        ):
             continue
         linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.linear
         if linear.codes is not None:
-            unit = float(grids[step.inputs[0]].carried_scale) * linear.scale
+            unit = float(activation_scales[step.inputs[0]].int8_scale) * linear.scale
             moved = np.rint(linear.bias / unit) * unit - linear.bias
             moves.setdefault(id(step.shift), (step.shift, []))[1].append(moved)
     for shift, wanted in moves.values():

@@ -47,7 +47,7 @@ class SupportTable:
     rows: tuple[Row, ...]
 
     @property
-    def obstacles(self) -> tuple[Row, ...]:
+    def unsupported(self) -> tuple[Row, ...]:
         """The rows that cannot run."""
         return tuple(row for row in self.rows if row.run.how == CANNOT)
 
@@ -68,7 +68,7 @@ def plan(recipe_or_model, target: str | os.PathLike | Profile) -> SupportTable:
       target: "tflite", "onnx", "packed"; or a hardware profile: a `Profile`, the name of a shipped one, or a path.
 
     Returns:
-      A `SupportTable`: print it, or look at its `rows` and `obstacles`.
+      A `SupportTable`: print it, or look at its `rows` and `unsupported`.
 
     Raises:
       TypeError: Neither a recipe nor a model.

@@ -1,4 +1,4 @@
-"""The steps of an integer network, as data: operations on values, grids of codes, kernels with their biases."""
+"""The steps of an integer network, as data: operations on values, scales of codes, kernels with their biases."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class ActivationScale:
 
     @property
     def spread(self) -> int:
-        """How many times finer than the format's the steps of the int8 codes are that carry it, see export_tflite."""
+        """How many times finer than the format's the steps of the int8 codes are that hold it, see export_tflite."""
         return 127 // self.largest
 
     @property
-    def carried_scale(self) -> np.float32:
+    def int8_scale(self) -> np.float32:
         """What one int8 code is worth."""
         return self.scale / np.float32(self.spread)
 

@@ -96,12 +96,12 @@ def _is_part_of(fmt: Format, other: Format) -> bool:
 
 def _onnx(weights: Format, inputs: Format, kind: str | None) -> Run:
     said = []
-    for fmt, carrier, what in ((weights, onnx_weights(weights), "weights"), (inputs, onnx_inputs(inputs), "inputs")):
-        if carrier is None:
+    for fmt, storage, what in ((weights, onnx_weights(weights), "weights"), (inputs, onnx_inputs(inputs), "inputs")):
+        if storage is None:
             return Run(CANNOT, f"ONNX has no type for {what} in {fmt}; fliqs_tf.export.packed writes any format")
-        if carrier != fmt.name:
+        if storage != fmt.name:
             said.append(
-                f"{what} in {ONNX_TYPES[carrier]}" + (f", cut off where {fmt} ends" if what == "inputs" else "")
+                f"{what} in {ONNX_TYPES[storage]}" + (f", cut off where {fmt} ends" if what == "inputs" else "")
             )
     if said:
         return Run(EMULATED, "; ".join(said))

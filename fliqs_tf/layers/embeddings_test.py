@@ -144,4 +144,4 @@ def test_a_platform_looks_rows_up_in_any_format():
     int8 = fliqs_tf.Format("INT8")
     priced = {site.path: qmodel.cost.layer(site, int8, int8) for site in qmodel.sites}
     assert priced["embedding"] == 0 < priced["head"]
-    assert fliqs_tf.Profile.load("google_tpu_v5e").obstacles(qmodel, "INT8") == []
+    assert fliqs_tf.Profile.load("google_tpu_v5e").unsupported_layers(qmodel, "INT8") == []

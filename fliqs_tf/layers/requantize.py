@@ -117,8 +117,8 @@ def insert(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type,
 
     Args:
       model: Functional or Sequential.
-      roundings: (path of a layer, which of its calls) -> what `single_rounding` or `double_rounding` gave, for each call
-        of the network.
+      roundings: (path of a layer, which of its calls) -> what `single_rounding` or `double_rounding` gave, for each
+        call of the network.
     """
     times = collections.Counter((call.path, call.index) for call in dataflow.read(model).calls)
     added, states = {}, {}
@@ -128,8 +128,10 @@ def insert(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type,
             name = f"{path.replace('/', '_')}_kernel" + (f"_{index}" if index else "")
             added[path, index] = [kind(len(state["unit"]), name=name)]
             states[name] = state
-    carried = shared_ranges.has_boundary_quantizers(model)
-    copy = rewriting.with_added(model, added, kinds=shared_ranges.KINDS if carried else (keras.Model, keras.Sequential))
+    with_boundaries = shared_ranges.has_boundary_quantizers(model)
+    copy = rewriting.with_added(
+        model, added, kinds=shared_ranges.KINDS if with_boundaries else (keras.Model, keras.Sequential)
+    )
     for _, layer in walking.walk(copy):
         for attribute, value in states.get(layer.name, {}).items():
             getattr(layer, attribute).assign(value)

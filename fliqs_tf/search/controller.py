@@ -64,8 +64,8 @@ class Controller(keras.layers.Layer):
         where it begins, see `decided_at`. 0 = never by itself. None = 0.4 with the critic, our choice: the weights of
         short runs need it (docs/method.md); 0.1 with REINFORCE, which needs the readings more.
       noise_aware_start: In the warmup the odds of an option are 1 / (1 + (noise / 0.05)^2), our choice: INT2 drawn as
-        often as INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0 with
-        the entropy that the schedule allows, with REINFORCE linearly in the warmup.
+        often as INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0
+        with the entropy that the schedule allows, with REINFORCE linearly in the warmup.
       learning_rate, beta_1: REINFORCE: Adam's; the rate may be a callable of the step, such as `schedules.Growing`.
         0.03 is our choice for runs from 500 steps up; the reference code has 0.05.
       baseline_momentum: REINFORCE: of the (zero-debiased) running reward; reference code 0.99, TuNAS 0.95. It is
@@ -172,8 +172,8 @@ class Controller(keras.layers.Layer):
             raise ValueError(f"total_steps must be at least 1, got {total_steps!r}.")
         if isinstance(self.warmup, int) and self.warmup and self.warmup >= (1.0 - self.frozen) * total_steps:
             raise ValueError(
-                f"A warmup of {self.warmup} steps leaves nothing of the run to decide in: {total_steps} steps, of which "
-                f"the last {self.frozen:.0%} keep what was decided. Lower one, or search for longer."
+                f"A warmup of {self.warmup} steps leaves nothing of the run to decide in: {total_steps} steps, of "
+                f"which the last {self.frozen:.0%} keep what was decided. Lower one, or search for longer."
             )
         self._expected_cost, self._cost, self._reward = expected_cost, cost, rewards.get(reward)
         self.target.assign(float(target))
