@@ -32,12 +32,12 @@ from fliqs_tf.search import fitting
 FLAGS = flags.FLAGS
 settings.define_training_flags()
 flags.DEFINE_list(
-    "space", ["FLIQS-S-INT"], f"Menu: one of {', '.join(fliqs_tf.PRESETS)}, or formats separated by commas."
+    "space", ["FLIQS-S-INT"], f"Formats: one of {', '.join(fliqs_tf.PRESETS)}, or formats separated by commas."
 )
 flags.DEFINE_string(
     "profile",
     None,
-    "Platform to search for: the menu, unless --space narrows it, and the cost, unless --cost is given, are its own. A "
+    "Platform to search for: formats, unless --space narrows them, and cost, unless --cost is given, are its own. A "
     f"JSON file, or one of {', '.join(fliqs_tf.Profile.shipped())}.",
 )
 flags.DEFINE_string(
@@ -60,8 +60,8 @@ flags.DEFINE_float(
 )
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
-flags.DEFINE_multi_string("rule", [], "PATTERN=MENU for the layers that match: '^conv1=INT8', 'predictions=float'.")
-flags.DEFINE_enum("target", None, targets.TARGETS, "What to export to: the menu keeps what runs there.")
+flags.DEFINE_multi_string("rule", [], "PATTERN=FORMATS for the layers that match: '^conv1=INT8', 'predictions=float'.")
+flags.DEFINE_enum("target", None, targets.TARGETS, "What to export to: formats that do not run there are left out.")
 flags.DEFINE_list("references", [], "Run directories of train.py to compare with (float, uniform formats).")
 
 
@@ -145,10 +145,10 @@ def _cost_and_target(model):
 def _rules() -> list[fliqs_tf.Rule]:
     rules = []
     for text in FLAGS.rule:
-        pattern, separator, menu = text.rpartition("=")
+        pattern, separator, formats = text.rpartition("=")
         if not separator:
-            raise ValueError(f"--rule must be PATTERN=MENU: '^conv1=INT8', 'predictions=float'; got {text!r}.")
-        rules.append(fliqs_tf.Rule(pattern, None if menu.lower() == "float" else menu.split(",")))
+            raise ValueError(f"--rule must be PATTERN=FORMATS: '^conv1=INT8', 'predictions=float'; got {text!r}.")
+        rules.append(fliqs_tf.Rule(pattern, None if formats.lower() == "float" else formats.split(",")))
     return rules
 
 
@@ -232,9 +232,9 @@ def summarize(model, data, total: int) -> dict:
 
 
 def _uniform_formats(model) -> list[str]:
-    """The narrowest format of the menus, and the most precise one of 8 bits or fewer."""
-    menu = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
-    names = dict.fromkeys(f.name for f in (menu[0], *[f for f in menu if f.bits <= 8][-1:]))
+    """The narrowest format of the search, and the most precise one of 8 bits or fewer."""
+    formats = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
+    names = dict.fromkeys(f.name for f in (formats[0], *[f for f in formats if f.bits <= 8][-1:]))
     return [name for name in names if not model.profile or not model.profile.unsupported_layers(model, name)]
 
 

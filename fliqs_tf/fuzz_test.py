@@ -45,8 +45,8 @@ def test_format_names(name):
 
 @hypothesis.given(TEXT | ANY | st.lists(TEXT | ANY, max_size=3))
 @many
-def test_spaces(menu):
-    space = understood(Space, menu)
+def test_spaces(formats):
+    space = understood(Space, formats)
     assert space is None or (len(space) >= 1 and Space(space.names) == space)
 
 

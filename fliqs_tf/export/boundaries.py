@@ -71,7 +71,7 @@ def boundary_layers(model: keras.Model) -> list[str]:
     A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
     """
     graph = dataflow.read(model)
-    inside, readers, integer = fused_values(graph), graph.readers(), _integer_values(graph)
+    fused, readers, integer = fused_values(graph), graph.readers(), _integer_values(graph)
     quantized: dict[int, str] = {}
     ends: dict[int, set[tuple[str, int]]] = {}
     for call in reversed(graph.calls):
@@ -80,14 +80,14 @@ def boundary_layers(model: keras.Model) -> list[str]:
         for reader in readers.get(value, ()):
             if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
                 found.add(("quantizer", reader.output))
-            elif value in inside or is_quantization_invariant(reader.layer):
+            elif value in fused or is_quantization_invariant(reader.layer):
                 found |= {("quantizer", reader.output)} if reader.output in quantized else ends[reader.output]
             else:
                 found.add(("operation", reader.output))
         ends[value] = found
         is_direct = len(found) == 1 and next(iter(found))[0] == "quantizer"
         is_boundary = isinstance(call.layer, ActivationQuantizer)
-        if found and value in integer and value not in inside and not is_direct and not is_boundary:
+        if found and value in integer and value not in fused and not is_direct and not is_boundary:
             quantized[value] = call.path
     # What only moves codes needs no second quantizer.
     for call in graph.calls:
@@ -102,7 +102,7 @@ def boundary_layers(model: keras.Model) -> list[str]:
 
 
 def _integer_values(graph: dataflow.Dataflow) -> set[int]:
-    """Values that a kernel with int8 output may make, given the menus of the quantized layers."""
+    """Values that a kernel with int8 output may make, given the spaces of the quantized layers."""
     found: set[int] = set()
     for call in graph.calls:
         known = [value in found for value in call.inputs]
@@ -129,8 +129,8 @@ def _is_integer(layer, how) -> bool:
     """Whether `how` (any, all) of the formats of a quantized layer are integers of 8 bits or fewer."""
     if not isinstance(layer, Quantized) or layer.activation_quantizer is None:
         return False
-    menus = (layer.weight_quantizers[0].space.formats, layer.activation_quantizer.space.formats)
-    return all(how(is_integer(fmt) for fmt in menu) for menu in menus)
+    spaces = (layer.weight_quantizers[0].space.formats, layer.activation_quantizer.space.formats)
+    return all(how(is_integer(fmt) for fmt in space) for space in spaces)
 
 
 # ---- putting them in
@@ -157,7 +157,7 @@ def with_boundary_quantizers(model: keras.Model) -> keras.Model:
 
 
 def integer_formats(space) -> Space:
-    """The formats of a menu that integer kernels have; the rest of it is dropped.
+    """The formats of a space that integer kernels have; the others are dropped.
 
     Raises:
       ValueError: There are none.

@@ -1,7 +1,7 @@
 """A deployed model to an ONNX file; `onnx_formats` says what each format becomes.
 
 The file is made from the layers, not from a graph of TensorFlow operations: converters of those see the arithmetic of
-the rounding kernel, and not that it means QuantizeLinear.
+the rounding function, and not that it means QuantizeLinear.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class ActivationScale:
 
     @property
     def scale(self) -> np.float32:
-        """amax / largest, as the rounding kernel computes it."""
+        """amax / largest, as the rounding function computes it."""
         # A tensor that is always 0 has no range; LiteRT wants 6 / scale to be an int32.
         return np.maximum(deployed.scale_of(self.amax, self.format), np.float32(2.0**-27))[()]
 

@@ -140,7 +140,7 @@ def runs(weights: Format | str, inputs: Format | str, target: str, kind: str | N
 
 
 def supported_formats(space: Space | str | Sequence, target: str, tensors: str = "together") -> Space:
-    """What of a menu a target runs, natively or emulated.
+    """The formats of a space that a target runs, natively or emulated.
 
     Args:
       space: Anything that `Space` takes.
@@ -148,11 +148,11 @@ def supported_formats(space: Space | str | Sequence, target: str, tensors: str =
       tensors: As for `fliqs_tf.wrap`: what else has the format.
 
     Raises:
-      ValueError: Unknown target, or nothing of the menu runs there.
+      ValueError: Unknown target, or none of the formats runs there.
     """
     formats = Space(space).formats
     kept = [f for f in formats if runs(f, "FP32" if tensors == "weights" else f, target).how != CANNOT]
     if not kept:
         reason = runs(formats[0], "FP32" if tensors == "weights" else formats[0], target).why
-        raise ValueError(f"Nothing of the menu {', '.join(f.name for f in formats)} runs on {target}: {reason}.")
+        raise ValueError(f"None of the formats {', '.join(f.name for f in formats)} runs on {target}: {reason}.")
     return Space(kept)

@@ -200,7 +200,7 @@ class _Writer:
         for reader in self.readers.get(value, ()):
             if reader.kind == "quantize":
                 activation_scales.add(reader.options["scale"])
-            elif _commutes(reader):
+            elif _is_quantization_invariant(reader):
                 activation_scales.add(self.wanted(reader.output))
             else:
                 return None
@@ -225,7 +225,7 @@ class _Writer:
         """Appends the operations of a step."""
         if step.kind == "quantize":
             self.quantize(step)
-        elif _commutes(step):
+        elif _is_quantization_invariant(step):
             self.move(step)
         else:
             activation_scales = [self.given(value) for value in step.inputs]
@@ -462,7 +462,7 @@ class _Writer:
             left = result
 
 
-def _commutes(step: Step) -> bool:
+def _is_quantization_invariant(step: Step) -> bool:
     if step.kind == "activation":
         return step.options["function"] in ("relu", "relu6")
     return step.kind in ("max_pool", "max", "reshape", "pad", "upsample", "concatenate")

@@ -15,7 +15,7 @@ from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
-MENU = ["INT4", "INT8"]
+FORMATS = ["INT4", "INT8"]
 TOKENS = tf.constant([[1, 2, 0, 0], [3, 8, 5, 1]])
 
 
@@ -34,14 +34,14 @@ def table(model):
 
 
 def search(**options):
-    qmodel = fliqs_tf.wrap(net(), MENU, embeddings=True, **options)
+    qmodel = fliqs_tf.wrap(net(), FORMATS, embeddings=True, **options)
     qmodel.compile("sgd", "mse", target_cost="0.75x INT8", cost="memory")
     return qmodel
 
 
 def test_embeddings_stay_in_float_by_default(caplog):
     with caplog.at_level("WARNING", logger="fliqs_tf"):
-        qmodel = fliqs_tf.wrap(net(), MENU)
+        qmodel = fliqs_tf.wrap(net(), FORMATS)
     assert [d.name for d in qmodel.decisions] == [s.path for s in qmodel.sites] == ["head"]
     assert "embedding (Embedding). embeddings=True" in caplog.text
 
@@ -119,7 +119,7 @@ def test_search_recipe_deploy_and_files(tensors, formats, tmp_path):
 
 def test_rules_and_ties_reach_embeddings():
     rules = [fliqs_tf.Rule("embedding|head", tie="all")]
-    network = quantized_network(net(), MENU, rules, tensors="separate", embeddings=True)
+    network = quantized_network(net(), FORMATS, rules, tensors="separate", embeddings=True)
     assert [(d.name, d.layers) for d in open_decisions(network)] == [
         ("all/weights", ["embedding", "head"]),
         ("all/activations", ["head"]),
@@ -134,7 +134,7 @@ def test_what_has_no_form_for_embeddings_says_so(tmp_path):
         assert not list(tmp_path.iterdir())
     for target in ("onnx", "tflite"):
         with pytest.raises(ValueError, match="leave embeddings=False"):
-            fliqs_tf.wrap(net(), MENU, embeddings=True, target=target)
+            fliqs_tf.wrap(net(), FORMATS, embeddings=True, target=target)
 
 
 def test_a_platform_looks_rows_up_in_any_format():

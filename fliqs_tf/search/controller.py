@@ -249,7 +249,7 @@ class Controller(keras.layers.Layer):
         return policy.draw(self.probabilities(), tf.convert_to_tensor(seed), k)
 
     def most_likely(self) -> tf.Tensor:
-        """Most likely option of each decision: int32 [D]. Of equal ones the last: menus go from narrow to wide."""
+        """Most likely option of each decision: int32 [D]. Of equal ones the last: spaces go from narrow to wide."""
         logits = tf.where(self._mask, tf.convert_to_tensor(self.logits), float("-inf"))
         options = self._mask.shape[1]
         return options - 1 - tf.argmax(tf.reverse(logits, [1]), axis=1, output_type=tf.int32)
@@ -404,7 +404,7 @@ class Controller(keras.layers.Layer):
         """Takes the decision: from now on one sample has (almost) all probability. On the host.
 
         With the critic it is the sample of highest predicted reward; for a hard target, of highest predicted quality
-        with a cost within 1 % of it (or not above it), and where the menu has none, of the nearest cost. With
+        with a cost within 1 % of it (or not above it), and where there is none, of the nearest cost. With
         REINFORCE it is the most likely sample, as in the paper.
 
         Args:

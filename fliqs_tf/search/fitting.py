@@ -328,7 +328,7 @@ class _SearchLoop(keras.callbacks.Callback):
             return
         raise FloatingPointError(
             f"{what}. Stopped: look for NaN or infinities in the data; go back to a checkpoint from before it, and "
-            f"lower the learning rate or leave the narrowest formats out of the menu."
+            f"lower the learning rate or leave the narrowest formats out of the space."
         )
 
 

@@ -132,7 +132,7 @@ class SearchModel(keras.Model):
 
         Args:
           optimizer, loss, metrics, **kwargs: As for any Keras model. `jit_compile` is off by default on a CPU, where
-            compiling convolutions makes them slower; the rounding kernel is compiled all the same.
+            compiling convolutions makes them slower; the rounding function is compiled all the same.
           target_cost: Number in the cost's unit, or relative to a uniform format: "0.25x INT8". `fit` needs it.
           cost: "bops", "memory", a `costs.Cost` or a `Profile`. None: that of the profile of `wrap`, or else "bops".
           reward: "absolute", "one_sided", "soft_exponential", "hard_exponential", an object of
@@ -486,7 +486,7 @@ class SearchModel(keras.Model):
         formats = counting.formats_of(self.sites, recipe)
         for decision in self.decisions:
             if formats[decision.name] not in decision.options:
-                _LOG.info("%s: %s was not in the searched menu.", decision.name, formats[decision.name])
+                _LOG.info("%s: %s was not among the formats of the search.", decision.name, formats[decision.name])
         model = copying.fixed(self.network, formats)
         other = dict(recipe.formats) != dict(own.formats)
         if calibration_data is None and other:
