@@ -445,10 +445,10 @@ def round_biases(model: keras.Model) -> None:
         for quantizer in layer.activation_quantizers if isinstance(layer, Quantized) else ():
             if not boundaries.is_integer(deployed.format_of(quantizer)):
                 quantizer.pass_through()
-    graph = steps(model)
-    activation_scales = {step.output: step.options["scale"] for step in graph.steps if step.kind == "quantize"}
+    network = steps(model)
+    activation_scales = {step.output: step.options["scale"] for step in network.steps if step.kind == "quantize"}
     moves: dict[int, tuple] = {}  # variable by id -> it, and how far each call of its layer wants it moved
-    for step in graph.steps:
+    for step in network.steps:
         if step.shift is None or not all(
             v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs
         ):

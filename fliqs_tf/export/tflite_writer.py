@@ -85,13 +85,13 @@ def as_shipped(model):
 class _Writer:
     """Turns steps into tensors and operations."""
 
-    def __init__(self, graph: IntegerNetwork, int4: bool):
-        self.graph, self.int4 = graph, int4
+    def __init__(self, network: IntegerNetwork, int4: bool):
+        self.network, self.int4 = network, int4
         # Last call of a step -> class and state of what rounds behind it; several in a network that is called several
         # times. Of a separable convolution's two kernels the second one's: there is no place between them.
         self.roundings: dict[tuple[str, int], list[tuple[type, dict]]] = {}
         self.file = TfliteFile()
-        self.readers = graph.readers()
+        self.readers = network.readers()
         self.floats: dict[int, int] = {}  # value -> float32 tensor
         self.in_float: set[int] = set()  # values that are made in float32
         self.codes: dict[int, dict[ActivationScale, int]] = {}  # value -> int8 tensor by scale
@@ -106,18 +106,18 @@ class _Writer:
     def run(self) -> tuple[list[int], list[int]]:
         """Writes every step; gives the tensors of inputs and outputs."""
         inputs = []
-        for value, name, shape, dtype in self.graph.inputs:
+        for value, name, shape, dtype in self.network.inputs:
             if dtype != "float32":
                 raise ValueError(f"The input {name!r} is {dtype}; TFLite export takes float32 inputs.")
             if None in shape:
                 raise ValueError(f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes.")
             self.shapes[value], self.names[value] = shape, name
             inputs.append(self.new_float(value, name))
-        for step in self.graph.steps:
+        for step in self.network.steps:
             self.shapes[step.output] = step.shapes[-1]
             self.names[step.output] = step.path.removesuffix(boundaries.SUFFIX)
             self.write(step)
-        return inputs, [self.as_float(value) for value in self.graph.outputs]
+        return inputs, [self.as_float(value) for value in self.network.outputs]
 
     # ---- values as tensors
 
@@ -194,7 +194,7 @@ class _Writer:
 
     def wanted(self, value: int) -> ActivationScale | None:
         """The scale that all readers of a value want its codes at; None if there is not exactly one."""
-        if value in self.graph.outputs:
+        if value in self.network.outputs:
             return None
         activation_scales = set()
         for reader in self.readers.get(value, ()):
