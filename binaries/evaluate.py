@@ -62,20 +62,20 @@ def main(argv):
 
 def price(profiles, priced) -> int:
     """Prints what networks cost on platforms, and where they cannot run. Returns the exit status."""
-    rows, tables_of_obstacles = [], []
+    rows, tables_of_unsupported = [], []
     for name, formats in priced:
         for profile in profiles:
-            obstacles = profile.obstacles(formats)
-            cost = None if obstacles else profile.cost(formats)
+            unsupported = profile.unsupported_layers(formats)
+            cost = None if unsupported else profile.cost(formats)
             memory = profile.memory(formats)
             rows.append(
                 {"name": name, "platform": profile.name, "cost": cost, "unit": profile.unit, "memory": memory}
-                | {"obstacles": len(obstacles), "layers": len(formats)}
+                | {"unsupported": len(unsupported), "layers": len(formats)}
             )
-            if obstacles:
-                tables_of_obstacles.append(tables.obstacles_table(name, profile.name, obstacles))
-    tables.print_tables(tables.platforms_table(rows), *tables_of_obstacles)
-    return CANNOT_RUN if tables_of_obstacles else 0
+            if unsupported:
+                tables_of_unsupported.append(tables.unsupported_table(name, profile.name, unsupported))
+    tables.print_tables(tables.platforms_table(rows), *tables_of_unsupported)
+    return CANNOT_RUN if tables_of_unsupported else 0
 
 
 def _scores(info) -> dict:

@@ -44,7 +44,7 @@ def main(argv):
     if FLAGS.plan:
         plan = fliqs_tf.export.plan(final, FLAGS.format)
         print(plan)
-        sys.exit(1 if plan.obstacles else 0)
+        sys.exit(1 if plan.unsupported else 0)
     data = settings.load_data()
     path = pathlib.Path(FLAGS.output or run / f"model.{_SUFFIX[FLAGS.format]}")
     try:

@@ -210,7 +210,7 @@ BAD_FLAGS = [
     (["--embeddings"], "no Embedding"),
     (["--attention_scores"], "no MultiHeadAttention"),
     (["--profile=nvidia_h999"], "Unknown profile 'nvidia_h999'; shipped: amd_aie_ml, bops"),
-    (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The menu has INT5, which Google TPU v5e does not have"),
+    (["--profile=google_tpu_v5e", "--space=INT5,INT8"], "The space has INT5, which Google TPU v5e does not have"),
     (["--strategy=mirrored", "--devices=3"], "--batch_size=64 must be a multiple of the 3 replicas"),
     (
         ["--strategy=multiworker"],

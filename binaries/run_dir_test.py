@@ -51,7 +51,7 @@ def test_an_address_is_refused_and_no_folder_made(tmp_path, monkeypatch, path):
     assert not list(tmp_path.iterdir())
 
 
-FLAGS = {"epochs": 4, "width": 0.5, "space": ["INT4", "INT8"], "data_dir": None, "delay": 0.25, "rule": []}
+FLAGS = {"epochs": 4, "width": 0.5, "space": ["INT4", "INT8"], "data_dir": None, "warmup": 0.25, "rule": []}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ FLAGS = {"epochs": 4, "width": 0.5, "space": ["INT4", "INT8"], "data_dir": None,
         ({"epochs": 6, "data_dir": "/there"}, []),
         ({"epochs": 3}, [("epochs", "4", "3")]),
         ({"width": 0.25, "space": ["INT8"]}, [("width", "0.5", "0.25"), ("space", '["INT4", "INT8"]', '["INT8"]')]),
-        ({"delay": None}, [("delay", "0.25", "null")]),
+        ({"warmup": None}, [("warmup", "0.25", "null")]),
         ({"new_one": 3}, []),
     ],
 )

@@ -27,17 +27,17 @@ from fliqs_tf import replicas
 from fliqs_tf.export import targets
 from fliqs_tf.io.files import read_json, replacing, write_json
 from fliqs_tf.reporting import report
-from fliqs_tf.search import fitting
+from fliqs_tf.search import averages
 
 FLAGS = flags.FLAGS
 settings.define_training_flags()
 flags.DEFINE_list(
-    "space", ["FLIQS-S-INT"], f"Menu: one of {', '.join(fliqs_tf.PRESETS)}, or formats separated by commas."
+    "space", ["FLIQS-S-INT"], f"Formats: one of {', '.join(fliqs_tf.PRESETS)}, or formats separated by commas."
 )
 flags.DEFINE_string(
     "profile",
     None,
-    "Platform to search for: the menu, unless --space narrows it, and the cost, unless --cost is given, are its own. A "
+    "Platform to search for: formats, unless --space narrows them, and cost, unless --cost is given, are its own. A "
     f"JSON file, or one of {', '.join(fliqs_tf.Profile.shipped())}.",
 )
 flags.DEFINE_string(
@@ -54,14 +54,14 @@ flags.DEFINE_integer("quality_every", 5, "Steps between readings on held-out bat
 flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", lower_bound=2)
 flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
 flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")
-flags.DEFINE_float("delay", 0.25, "Share of the steps in which formats are drawn uniformly.", 0, 0.9)
+flags.DEFINE_float("warmup", 0.25, "Share of the steps in which formats are drawn without learning.", 0, 0.9)
 flags.DEFINE_float(
-    "settle", None, "Last share of the steps, with the formats decided; None: 0.4, REINFORCE: 0.1.", 0, 0.9
+    "frozen", None, "Last share of the steps, with the formats decided; None: 0.4, REINFORCE: 0.1.", 0, 0.9
 )
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
-flags.DEFINE_multi_string("rule", [], "PATTERN=MENU for the layers that match: '^conv1=INT8', 'predictions=float'.")
-flags.DEFINE_enum("target", None, targets.TARGETS, "What to export to: the menu keeps what runs there.")
+flags.DEFINE_multi_string("rule", [], "PATTERN=FORMATS for the layers that match: '^conv1=INT8', 'predictions=float'.")
+flags.DEFINE_enum("target", None, targets.TARGETS, "What to export to: formats that do not run there are left out.")
 flags.DEFINE_list("references", [], "Run directories of train.py to compare with (float, uniform formats).")
 
 
@@ -123,8 +123,8 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
             controller={
                 "estimator": FLAGS.estimator,
                 "entropy_schedule": FLAGS.entropy_schedule,
-                "delay": FLAGS.delay,
-                "settle": FLAGS.settle,
+                "warmup": FLAGS.warmup,
+                "frozen": FLAGS.frozen,
             },
         )
     except (ValueError, OSError) as error:
@@ -145,10 +145,10 @@ def _cost_and_target(model):
 def _rules() -> list[fliqs_tf.Rule]:
     rules = []
     for text in FLAGS.rule:
-        pattern, separator, menu = text.rpartition("=")
+        pattern, separator, formats = text.rpartition("=")
         if not separator:
-            raise ValueError(f"--rule must be PATTERN=MENU: '^conv1=INT8', 'predictions=float'; got {text!r}.")
-        rules.append(fliqs_tf.Rule(pattern, None if menu.lower() == "float" else menu.split(",")))
+            raise ValueError(f"--rule must be PATTERN=FORMATS: '^conv1=INT8', 'predictions=float'; got {text!r}.")
+        rules.append(fliqs_tf.Rule(pattern, None if formats.lower() == "float" else formats.split(",")))
     return rules
 
 
@@ -165,7 +165,7 @@ def train(model, data, run: RunDir | None, directory: pathlib.Path, preemption, 
         )
 
     # The first batches of the run, wherever this process took it up.
-    first_batches = loop.batches(strategy, data, 0, min(total, fitting.ESTIMATION_BATCHES))
+    first_batches = loop.batches(strategy, data, 0, min(total, averages.ESTIMATION_BATCHES))
 
     def options(begin):
         # Readings so far decide where in the held-out data the next one is.
@@ -176,7 +176,7 @@ def train(model, data, run: RunDir | None, directory: pathlib.Path, preemption, 
     callbacks = [] if run is None else [fliqs_tf.SearchLog(run.path)]
     start = loop.train(model, data, run, directory, preemption, steps_per_epoch, total, callbacks, options)
     if start == total:  # the run before ended between its last checkpoint and its results
-        fitting.reestimate(model, first_batches)
+        averages.recalibrate(model, first_batches)
 
 
 def summarize(model, data, total: int) -> dict:
@@ -232,10 +232,10 @@ def summarize(model, data, total: int) -> dict:
 
 
 def _uniform_formats(model) -> list[str]:
-    """The narrowest format of the menus, and the most precise one of 8 bits or fewer."""
-    menu = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
-    names = dict.fromkeys(f.name for f in (menu[0], *[f for f in menu if f.bits <= 8][-1:]))
-    return [name for name in names if not model.profile or not model.profile.obstacles(model, name)]
+    """The narrowest format of the search, and the most precise one of 8 bits or fewer."""
+    formats = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
+    names = dict.fromkeys(f.name for f in (formats[0], *[f for f in formats if f.bits <= 8][-1:]))
+    return [name for name in names if not model.profile or not model.profile.unsupported_layers(model, name)]
 
 
 def _reference(path: pathlib.Path) -> dict:

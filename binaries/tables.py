@@ -105,7 +105,7 @@ def platforms_table(rows):
 
     Args:
       rows: dicts with `name`, `platform`, `cost` (None if it cannot run), `unit`, `memory` (MiB of weights),
-        `obstacles` and `layers` (how many layers cannot run, of how many).
+        `unsupported` and `layers` (how many layers cannot run, of how many).
 
     Returns:
       A `rich.table.Table`.
@@ -118,18 +118,18 @@ def platforms_table(rows):
     table.add_column("runs")
     for row in rows:
         cost = _NONE if row["cost"] is None else f"{_cost(row['cost'])} {row['unit']}"
-        runs = f"no: {row['obstacles']} of {row['layers']} layers do not" if row["obstacles"] else "yes"
+        runs = f"no: {row['unsupported']} of {row['layers']} layers do not" if row["unsupported"] else "yes"
         _add_row(table, row["name"], row["platform"], cost, f"{_cost(row['memory'])} MiB", runs)
     return table
 
 
-def obstacles_table(name, platform, obstacles):
+def unsupported_table(name, platform, unsupported):
     """The layers of a network that a platform cannot run.
 
     Args:
       name: of the network.
       platform: its name.
-      obstacles: list of `fliqs_tf.costs.profile.Obstacle`.
+      unsupported: list of `fliqs_tf.costs.profile.UnsupportedLayer`.
 
     Returns:
       A `rich.table.Table`.
@@ -138,8 +138,8 @@ def obstacles_table(name, platform, obstacles):
     table.add_column("layer", overflow="fold")
     table.add_column("weights/acts", no_wrap=True)
     table.add_column("why", overflow="fold")
-    for obstacle in obstacles:
-        _add_row(table, obstacle.path, f"{obstacle.weights}/{obstacle.activations}", obstacle.reason)
+    for layer in unsupported:
+        _add_row(table, layer.path, f"{layer.weights}/{layer.activations}", layer.reason)
     return table
 
 

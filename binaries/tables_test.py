@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from binaries import tables
 from fliqs_tf._keras import keras
-from fliqs_tf.costs.profile import Obstacle
+from fliqs_tf.costs.profile import UnsupportedLayer
 
 LAYERS = [
     {"name": "conv1", "macs": 442_368, "weights": 432, "cost": 0.75, "weight_format": "INT8"},
@@ -227,14 +227,14 @@ def test_duration(seconds, text):
 
 def test_platforms_and_what_they_cannot_run():
     rows = [
-        {"name": "a", "platform": "GPU", "cost": 1.23456, "unit": "us", "memory": 2.5, "obstacles": 0, "layers": 9},
-        {"name": "a", "platform": "[NPU]", "cost": None, "unit": "us", "memory": 1.25, "obstacles": 2, "layers": 9},
+        {"name": "a", "platform": "GPU", "cost": 1.23456, "unit": "us", "memory": 2.5, "unsupported": 0, "layers": 9},
+        {"name": "a", "platform": "[NPU]", "cost": None, "unit": "us", "memory": 1.25, "unsupported": 2, "layers": 9},
     ]
     lines = cells(printed(tables.platforms_table(rows)))
     assert lines[0] == ["platform", "cost", "weights", "runs"]
     assert lines[2] == ["a", "GPU", "1.235 us", "2.5 MiB", "yes"]
     assert lines[3] == ["a", "[NPU]", "-", "1.25 MiB", "no: 2 of 9 layers do not"]
-    obstacle = Obstacle("conv1", "INT4", "INT4", "It multiplies INT4 weights only by INT8 inputs.")
-    lines = cells(printed(tables.obstacles_table("a", "[NPU]", [obstacle])))
+    layer = UnsupportedLayer("conv1", "INT4", "INT4", "It multiplies INT4 weights only by INT8 inputs.")
+    lines = cells(printed(tables.unsupported_table("a", "[NPU]", [layer])))
     assert lines[0] == ["a on [NPU]"]
     assert lines[3] == ["conv1", "INT4/INT4", "It multiplies INT4 weights only by INT8 inputs."]

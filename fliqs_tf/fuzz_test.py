@@ -45,15 +45,15 @@ def test_format_names(name):
 
 @hypothesis.given(TEXT | ANY | st.lists(TEXT | ANY, max_size=3))
 @many
-def test_spaces(menu):
-    space = understood(Space, menu)
+def test_spaces(formats):
+    space = understood(Space, formats)
     assert space is None or (len(space) >= 1 and Space(space.names) == space)
 
 
 @hypothesis.given(TEXT | ANY)
 @many
 def test_targets(text):
-    target = understood(costs.target, text, lambda fmt: 40.0, "GBOPs", (1.0, 100.0))
+    target = understood(costs.parse_target_cost, text, lambda fmt: 40.0, "GBOPs", (1.0, 100.0))
     assert target is None or 0.999 <= target <= 100.001
 
 

@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(64, 6, 6, 1)).astype(np.float32)
 LABELS = (IMAGES[:, :3].sum(axis=(1, 2, 3)) > IMAGES[:, 3:].sum(axis=(1, 2, 3))).astype(np.int64)
 # Compiling the controller takes longer than running it for these few steps.
-PLAIN = {"jit_compile": False, "delay": 0.0, "settle": 0.0, "gentle": False}
+PLAIN = {"jit_compile": False, "warmup": 0.0, "frozen": 0.0, "noise_aware_start": False}
 # At the end of the schedule effects count 10^4 fold, and only the target cost keeps one decision open: a float32 price
 # sets its odds to 1 %. Sums in another order then show, on one processor more than on another.
 ODDS = 5e-3
@@ -208,7 +208,7 @@ def test_pooled_policy_gradient_is_that_of_all_samples(strategy):
     quality = np.array([[-0.3, -0.5], [-0.2, -0.9]], np.float32)
 
     def controller():
-        made = fliqs_tf.Controller([2, 2, 2], estimator="reinforce", jit_compile=False, delay=0.0)
+        made = fliqs_tf.Controller([2, 2, 2], estimator="reinforce", jit_compile=False, warmup=0.0)
         price = np.array([[4.0, 8.0]] * 3, np.float32)
         made.configure(
             expected_cost=lambda p: tf.reduce_sum(p * price), cost=None, target=15.0, reward="absolute", total_steps=9
@@ -245,7 +245,7 @@ def test_averages_are_those_of_all_replicas_by_hand(strategy, options):
         model = keras.Sequential([keras.layers.Input((1,)), keras.layers.BatchNormalization(**options)])
         model.compile()
     batches = [np.array(batch, np.float32)[:, None] for batch in ([-1, 1, 3], [5, 7])]
-    assert batch_norm.reestimate(model, batches) == 2
+    assert batch_norm.recalibrate(model, batches) == 2
     mean, variance = model.get_weights()[2:]
     assert (float(mean[0]), float(variance[0])) == pytest.approx((3, 8))
 
@@ -274,7 +274,7 @@ def test_the_whole_step_compiles_once(monkeypatch):
     traces = []
     original = fliqs_tf.SearchModel.train_step
     monkeypatch.setattr(fliqs_tf.SearchModel, "train_step", lambda self, data: traces.append(1) or original(self, data))
-    qmodel = compiled(jit_compile=True, controller={"delay": 0.0}, steps_per_execution=2)
+    qmodel = compiled(jit_compile=True, controller={"warmup": 0.0}, steps_per_execution=2)
     data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(16, drop_remainder=True)
     logs = qmodel.fit(data, epochs=2, verbose=0).history
     first = len(traces)

@@ -48,10 +48,10 @@ class FliqsQuantizer(tfmot.quantizers.Quantizer):
     """TFMOT's face of a weight or an activation quantizer.
 
     `FliqsQuantizeConfig` uses it; with one format it also serves in a `QuantizeConfig` or `QuantizeLayer` of your own.
-    Only layers with a `FliqsQuantizeConfig` are searched: elsewhere a menu stays at its widest format.
+    Only layers with a `FliqsQuantizeConfig` are searched: elsewhere a space stays at its widest format.
 
     Args:
-      formats: Menu, anything that `Space` takes.
+      formats: To choose from, anything that `Space` takes.
       channel_axes: Axes of a weight that hold output channels, each with its own scale. None: for activations, one
         scale per tensor, from a moving average of the batches' largest values.
     """
@@ -113,8 +113,8 @@ class FliqsQuantizeConfig(tfmot.QuantizeConfig):
     """How TFMOT is to quantize one layer: weights and input, in a format that the search chooses.
 
     Args:
-      formats: Menu, anything that `Space` takes; one format is a fixed one. None: that of `FliqsQuantizeScheme` or
-        `fliqs_tf.wrap`.
+      formats: To choose from, anything that `Space` takes; one format is a fixed one. None: those of
+        `FliqsQuantizeScheme` or `fliqs_tf.wrap`.
       tie: Name of a decision that layers share. None: the layer has its own.
       tensors: "together", "weights" or "separate", see `fliqs_tf.wrap`. None: as the scheme or `wrap` says.
 
@@ -176,7 +176,7 @@ class FliqsQuantizeConfig(tfmot.QuantizeConfig):
         if self.formats is None:
             raise ValueError(
                 f"Layer {layer.name!r} is annotated with a FliqsQuantizeConfig without formats: name them, or give "
-                f"quantize_apply scheme=fliqs_tf.tfmot.FliqsQuantizeScheme(...), whose menu it then has."
+                f"quantize_apply scheme=fliqs_tf.tfmot.FliqsQuantizeScheme(...), whose formats it then has."
             )
         if self.quantized is None:
             tensors = self.tensors or "together"
@@ -216,7 +216,7 @@ class FliqsQuantizeRegistry(tfmot.QuantizeRegistry):
     """Which layers are quantized, and how if nothing else is said.
 
     Args:
-      formats: Menu of every layer.
+      formats: Those of every layer.
       tensors: See `fliqs_tf.wrap`.
       only: Names of the layers that it supports. None: all of a known class.
     """
@@ -242,8 +242,8 @@ class FliqsQuantizeRegistry(tfmot.QuantizeRegistry):
 class FliqsQuantizeScheme(tfmot.QuantizeScheme):
     """What `quantize_apply` needs to make of an annotated model one whose formats `fliqs_tf.SearchModel` can search.
 
-    Layers annotated without a config have the menu of the scheme, layers annotated with a `FliqsQuantizeConfig` what it
-    says; layers that are not annotated, or of a class that cannot be quantized, stay in float.
+    Layers annotated without a config have the formats of the scheme, those annotated with a `FliqsQuantizeConfig` those
+    that it says; layers that are not annotated, or of a class that cannot be quantized, stay in float.
 
     Args:
       space, rules, granularity, tensors: As for `fliqs_tf.wrap`.
@@ -275,12 +275,14 @@ class _Layout(tfmot.QuantizeLayoutTransform):
         annotations = {name: found["quantize_config"] for name, found in annotations.items() if found}
         paths = [path for path, _ in network.layers_to_quantize(model)]
         spaces = (scheme.space, scheme.space)
-        plans = rules_lib.plan(paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors)
+        quantizations = rules_lib.layer_quantizations(
+            paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors
+        )
         # TFMOT also asks the registry for layers before annotated ones, to quantize their output: nothing for these.
-        scheme._registry = FliqsQuantizeRegistry(scheme.space, scheme.tensors, only=frozenset(plans))
+        scheme._registry = FliqsQuantizeRegistry(scheme.space, scheme.tensors, only=frozenset(quantizations))
         configs = {}
-        for name, plan in plans.items():
-            tie = plan.weight_decision
+        for name, quantization in quantizations.items():
+            tie = quantization.weight_decision
             tie = tie.removesuffix("/weights") if scheme.tensors == "separate" else tie
-            configs[name] = {"quantize_config": FliqsQuantizeConfig(plan.space, tie, scheme.tensors)}
+            configs[name] = {"quantize_config": FliqsQuantizeConfig(quantization.space, tie, scheme.tensors)}
         return model, configs

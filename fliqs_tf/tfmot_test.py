@@ -9,8 +9,8 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph import walking
-from fliqs_tf.quantize.decisions import decisions
-from fliqs_tf.quantize.rules import plan
+from fliqs_tf.quantize.decisions import open_decisions
+from fliqs_tf.quantize.rules import layer_quantizations
 
 L = tf.keras.layers
 
@@ -73,7 +73,7 @@ def applied(model, *args, **kwargs):
 
 
 def names(network):
-    return [(d.name, d.options, d.layers) for d in decisions(network)]
+    return [(d.name, d.options, d.layers) for d in open_decisions(network)]
 
 
 def numbers(shape, seed=0):
@@ -219,7 +219,7 @@ def test_parts_of_an_annotated_layer_are_named_and_stay_in_float(caplog):
     annotations = dict.fromkeys(["attention", "dense"])
     paths = [path for path, _ in walking.quantizable(model)]
     spaces = (fliqs_tf.Space("FLIQS-S-INT"),) * 2
-    assert list(plan(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
+    assert list(layer_quantizations(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
     assert "an annotation is of a whole layer and not of its parts: attention/query, attention/key" in caplog.text
 
 

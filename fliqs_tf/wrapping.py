@@ -41,16 +41,16 @@ def wrap(
       model: A built Keras model: Functional, Sequential, or of a class of its own, whose `get_config` gives the
         arguments of its `__init__`. It stays as it is; its weights are copied. Of one that is annotated with TensorFlow
         Model Optimization only the annotated layers are quantized, see docs/tfmot.md.
-      space: Menu of formats for every layer: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
+      space: The formats that every layer may take: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
         "FLIQS-L-FLOAT", "MIXED") or a list of formats. None: "FLIQS-S-INT", or what the profile has.
-      rules: What differs for some layers: (pattern, menu), (pattern, None) to leave them in float, or
+      rules: What differs for some layers: (pattern, formats), (pattern, None) to leave them in float, or
         `Rule(pattern, formats, tie)`. Patterns are searched in layer paths; later rules win.
       profile: A platform to search for: a `Profile`, the name of a shipped one, or the path of its JSON file. Every
         choice of the search then runs on the platform, and `compile` counts its cost unless told otherwise.
-      target: What the result will be exported to: "tflite", "onnx" or "packed". Formats of the menu that it does not
-        run are left out; see `fliqs_tf.export.plan` for what it does with the others. For "tflite" menus are restricted
-        to INT2 .. INT8, and the int8 tensors between the layers of the file that `fliqs_tf.export.tflite` writes are
-        quantized while training, so that what is trained is what ships.
+      target: What the result will be exported to: "tflite", "onnx" or "packed". Formats that it does not run
+        are left out; see `fliqs_tf.export.plan` for what it does with the others. With "tflite" INT2 .. INT8 remain,
+        and the int8 tensors between the layers of the file that `fliqs_tf.export.tflite` writes are quantized while
+        training, so that what is trained is what ships.
       granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
@@ -67,7 +67,7 @@ def wrap(
 
     Raises:
       TypeError: The model is of the other Keras.
-      ValueError: The model is not built or has nothing to quantize; unknown space or format; a menu that is empty, has
+      ValueError: The model is not built or has nothing to quantize; unknown space or format; a space that is empty, has
         duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
         target does not have. The message says what to do.
     """
@@ -78,19 +78,19 @@ def wrap(
                 f"target='packed' or none."
             )
     if profile is None:
-        menus = ("FLIQS-S-INT" if space is None else space,)
+        spaces = ("FLIQS-S-INT" if space is None else space,)
     else:
         profile = Profile.load(profile)
-        menus = profile.menus(tensors, space)
+        spaces = profile.spaces(tensors, space)
     if target == "tflite":
-        menus = [boundaries.menu(menu) for menu in menus]
+        spaces = [boundaries.integer_formats(each) for each in spaces]
         rules = [_for_integers(rule) for rule in as_rules(rules)]
     elif target is not None:
-        menus = [targets.menu(menu, target, tensors) for menu in menus]
-    options = (rules, granularity, tensors, *menus[1:])
+        spaces = [targets.supported_formats(each, target, tensors) for each in spaces]
+    options = (rules, granularity, tensors, *spaces[1:])
     network = quantized_network(
         model,
-        menus[0],
+        spaces[0],
         *options,
         input_shape=input_shape,
         embeddings=embeddings,
@@ -98,7 +98,7 @@ def wrap(
     )
     if target == "tflite":
         lowering.check_layers(network)
-        network = boundaries.with_carriers(network)
+        network = boundaries.with_boundary_quantizers(network)
     searched = SearchModel(network, input_shape=input_shape, profile=profile, name=model.name)
     if profile is not None:
         profile.check(searched.sites)
@@ -108,8 +108,8 @@ def wrap(
 
 
 def _for_integers(rule: Rule) -> Rule:
-    has_menu = rule.formats is not None and rule.formats is not UNCHANGED
-    return dataclasses.replace(rule, formats=boundaries.menu(rule.formats)) if has_menu else rule
+    has_formats = rule.formats is not None and rule.formats is not UNCHANGED
+    return dataclasses.replace(rule, formats=boundaries.integer_formats(rule.formats)) if has_formats else rule
 
 
 def _check_target(sites, target: str) -> None:
@@ -170,11 +170,11 @@ def apply(
     for path, key in layers:
         if path in decided:
             weights, activations = decided[path]["weights"], decided[path].get("activations")
-            menus = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
-            arguments[key] = dict(zip(composite.ARGUMENTS, (*menus, weights, activations)))
+            spaces = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
+            arguments[key] = dict(zip(composite.ARGUMENTS, (*spaces, weights, activations)))
     copy = copying.quantized_copy(model, arguments, input_shape)
     if is_for_tflite(target):
-        copy = boundaries.with_carriers(copy)
+        copy = boundaries.with_boundary_quantizers(copy)
     if calibration_data is not None:
         source = batches.read(calibration_data, copy, "calibration_data")
         ranges.calibrate(copy, (batch.x for batch in source.some(ranges.BATCHES, 32)))

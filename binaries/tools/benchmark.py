@@ -129,7 +129,7 @@ def _compiled(model, **search):
 
 def _search(model, space):
     wrapped = fliqs_tf.wrap(model, space)
-    return _compiled(wrapped, target_cost="0.625x INT8", search_steps=1_000_000, controller={"delay": 0})
+    return _compiled(wrapped, target_cost="0.625x INT8", search_steps=1_000_000, controller={"warmup": 0})
 
 
 def _data(shape, batch: int) -> tf.data.Dataset:

@@ -33,7 +33,7 @@ from fliqs_tf.numerics.formats import Format
 from fliqs_tf.search import rewards, schedules
 from fliqs_tf.search.controller import Controller
 
-MENUS = {
+SPACES = {
     3: ("INT4", "INT8", "BF16"),
     14: tuple(f"E{x}M{bits - 1 - x}" for bits in range(4, 9) for x in range(2, 6) if bits - 1 - x >= 1),
 }
@@ -54,7 +54,7 @@ class Params:
 
     Attributes:
       decisions: 22 (ResNet-20) and 60 (MobileNetV2, extended).
-      options: 3 and 14, see `MENUS`.
+      options: 3 and 14, see `SPACES`.
       steps: Lengths of the runs in training steps.
       controllers: Some of `CONTROLLERS`.
       seeds: Landscapes per row.
@@ -110,7 +110,7 @@ class Landscape:
 
     Args:
       macs: [D].
-      menu: Format names.
+      formats: Format names.
       seed: Of the sensitivities.
       drift: See `Params`.
 
@@ -122,9 +122,9 @@ class Landscape:
     # Recipes up to this cost ratio have an optimum; costs are counted in this many bins.
     _TOP, _BINS = 2.0, 20_000
 
-    def __init__(self, macs: np.ndarray, menu: tuple[str, ...], seed: int, drift: float = 0.0):
+    def __init__(self, macs: np.ndarray, formats: tuple[str, ...], seed: int, drift: float = 0.0):
         rng = np.random.default_rng(seed)
-        bits = np.array([Format(name).bits for name in menu], float)
+        bits = np.array([Format(name).bits for name in formats], float)
         sensitivity = np.exp(rng.normal(size=len(macs)))
         moved = sensitivity * np.exp(drift * rng.normal(size=len(macs)))
         self.start, self.loss = (0.10 * s[:, None] / s.sum() * 4.0 ** (4 - bits) for s in (sensitivity, moved))
@@ -164,16 +164,16 @@ class Landscape:
         return {"share": share, "lost": lost, "optimum": optimum, "random": random, "ratio": ratio}
 
 
-def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: bool = True):
+def make_controller(kind: str, decisions: int, formats: tuple[str, ...], prior: bool = True):
     """(controller, reward, samples per reading, steps between readings) of a row of the table.
 
     Source of the settings: method.md section 4; "REINFORCE normalized" is our default of
-    estimator="reinforce" with a reward that suits the noise. The
-    delay is a quarter of the run in all of them (reference code: 500 steps).
+    estimator="reinforce" with a reward that suits the noise. The warmup
+    is a quarter of the run in all of them (reference code: 500 steps).
     """
-    noise = [Format(name).noise() for name in menu]
-    sizes = [len(menu)] * decisions
-    plain = {"estimator": "reinforce", "settle": 0.0}
+    noise = [Format(name).noise() for name in formats]
+    sizes = [len(formats)] * decisions
+    plain = {"estimator": "reinforce", "frozen": 0.0}
     readings = {"critic": (4, 5), "critic, every 8 steps": (4, 8), "critic, single readings": (1, 1)}
     if kind in readings:
         controller = Controller(sizes, prior=[[2 * n for n in noise]] * decisions if prior else None)
@@ -189,7 +189,7 @@ def make_controller(kind: str, decisions: int, menu: tuple[str, ...], prior: boo
             **plain,
             **settings,
             normalize_advantage=False,
-            # Grows tenfold from the end of the delay on; the length of the run is a variable of the controller.
+            # Grows tenfold from the end of the warmup on; the length of the run is a variable of the controller.
             learning_rate=lambda step: schedules.Growing(
                 4.8e-3, controller.total_steps, tf.cast(controller.total_steps, tf.float32) / 4.0
             )(step),
@@ -229,8 +229,8 @@ def run(params: Params = Params()):
 
 def _make_search(params: Params, kind: str, decisions: int, options: int):
     """(steps, seed) -> what one search came to; compiled once for all of them."""
-    menu = MENUS[options]
-    controller, reward, k, every = make_controller(kind, decisions, menu, params.prior)
+    formats = SPACES[options]
+    controller, reward, k, every = make_controller(kind, decisions, formats, params.prior)
     losses = [tf.Variable(tf.zeros([decisions, options])) for _ in range(2)]
     ratio = tf.Variable(tf.ones([decisions, options]))
     rows = np.arange(decisions)
@@ -260,7 +260,7 @@ def _make_search(params: Params, kind: str, decisions: int, options: int):
             controller.advance(every)
 
     def search(steps, seed):
-        land = Landscape(MACS[decisions](), menu, seed, params.drift)
+        land = Landscape(MACS[decisions](), formats, seed, params.drift)
         controller.set_weights(initial)
         controller.total_steps.assign(steps)
         for variable, value in zip((*losses, ratio), (land.start, land.loss, land.ratio)):

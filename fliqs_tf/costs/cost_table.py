@@ -28,37 +28,37 @@ class CostTable:
     Args:
       cost: What to count.
       sites: Layers, see `sites`.
-      decisions: [(name, menu names)], in the order of a sample's entries.
+      decisions: [(name, names of its formats)], in the order of a sample's entries.
     """
 
     def __init__(self, cost: Cost, sites: Sequence[Site], decisions: Sequence[tuple[str, Sequence[str]]]):
         index = {name: i for i, (name, _) in enumerate(decisions)}
-        menus = [[Format(f) for f in menu] for _, menu in decisions]
+        options = [[Format(f) for f in names] for _, names in decisions]
         self.unit, self.names = cost.unit, list(index)
         self.per_unit = cost.per_unit
-        width = max(len(menu) for menu in menus)
+        width = max(len(formats) for formats in options)
         self.constant = 0
         # float64 holds whole numbers up to 2^53 exactly, 9 million GBOPs; float32 would lose digits.
-        self.tables = np.zeros((len(menus), width))
+        self.tables = np.zeros((len(options), width))
         self.pairs: dict[tuple[int, int], np.ndarray] = {}
         for site in sites:
             w, a = index.get(site.weight_decision), index.get(site.activation_decision)
-            weight_menu = menus[w] if w is not None else [Format(f) for f in site.weight_formats]
-            input_menu = menus[a] if a is not None else [Format(f) for f in site.activation_formats]
+            weight_formats = options[w] if w is not None else [Format(f) for f in site.weight_formats]
+            input_formats = options[a] if a is not None else [Format(f) for f in site.activation_formats]
             if w is not None and w == a:  # formats that never meet need not have a price
-                self.tables[w, : len(weight_menu)] += [float(cost.layer(site, f, f)) for f in weight_menu]
+                self.tables[w, : len(weight_formats)] += [float(cost.layer(site, f, f)) for f in weight_formats]
                 continue
-            prices = np.array([[cost.layer(site, f, g) for g in input_menu] for f in weight_menu], np.float64)
+            prices = np.array([[cost.layer(site, f, g) for g in input_formats] for f in weight_formats], np.float64)
             if w is None and a is None:
                 self.constant += prices[0, 0]
             elif a is None:
-                self.tables[w, : len(weight_menu)] += prices[:, 0]
+                self.tables[w, : len(weight_formats)] += prices[:, 0]
             elif w is None:
-                self.tables[a, : len(input_menu)] += prices[0]
+                self.tables[a, : len(input_formats)] += prices[0]
             else:
                 matrix = self.pairs.setdefault((w, a), np.zeros((width, width)))
-                matrix[: len(weight_menu), : len(input_menu)] += prices
-        self.sizes = [len(menu) for menu in menus]
+                matrix[: len(weight_formats), : len(input_formats)] += prices
+        self.sizes = [len(formats) for formats in options]
 
     def of_samples(self, samples) -> np.ndarray:
         """Exact cost of samples. Args: int array [m, decisions]. Returns: float64 [m], in the unit."""
@@ -100,7 +100,9 @@ class CostTable:
         return float(self.of_samples(sample)[0])
 
 
-def target(text: str | float, model_cost: Callable[[str], float], unit: str, reachable: tuple[float, float]) -> float:
+def parse_target_cost(
+    text: str | float, model_cost: Callable[[str], float], unit: str, reachable: tuple[float, float]
+) -> float:
     """A target cost in the cost's unit.
 
     Args:

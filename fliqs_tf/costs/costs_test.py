@@ -10,7 +10,7 @@ import tensorflow as tf
 from fliqs_tf import costs, wrapping
 from fliqs_tf._keras import keras
 from fliqs_tf.costs import Cost, CostTable, Site
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
@@ -161,7 +161,7 @@ def test_a_cost_of_your_own():
 # ---- tables
 
 
-MENUS = {
+SPACES = {
     "together": [("a", ["INT4", "INT8", "BF16"]), ("b", ["INT4", "INT8"])],
     "separate": [
         ("a/weights", ["INT4", "INT8"]),
@@ -194,7 +194,7 @@ BITS = {"INT4": 4, "INT8": 8, "BF16": 16, "FP32": 32}
 
 def by_hand(kind, sample, price):
     """Sum of price(site, weight bits, activation bits)."""
-    chosen = {name: menu[i] for (name, menu), i in zip(MENUS[kind], sample)}
+    chosen = {name: formats[i] for (name, formats), i in zip(SPACES[kind], sample)}
     return sum(
         price(
             site,
@@ -206,7 +206,7 @@ def by_hand(kind, sample, price):
 
 
 def every_sample(kind):
-    return np.array(list(itertools.product(*(range(len(menu)) for _, menu in MENUS[kind]))))
+    return np.array(list(itertools.product(*(range(len(formats)) for _, formats in SPACES[kind]))))
 
 
 PRICES = {
@@ -215,10 +215,10 @@ PRICES = {
 }
 
 
-@pytest.mark.parametrize("kind", MENUS)
+@pytest.mark.parametrize("kind", SPACES)
 @pytest.mark.parametrize("cost, per_unit, price", PRICES.values(), ids=PRICES)
 def test_the_cost_of_every_sample(kind, cost, per_unit, price):
-    table = CostTable(cost, SITES[kind], MENUS[kind])
+    table = CostTable(cost, SITES[kind], SPACES[kind])
     samples = every_sample(kind)
     expected = np.array([by_hand(kind, sample, price) for sample in samples]) / per_unit
     np.testing.assert_array_equal(table.of_samples(samples), expected)
@@ -226,15 +226,15 @@ def test_the_cost_of_every_sample(kind, cost, per_unit, price):
     assert table.reachable() == (expected.min(), expected.max())
 
 
-@pytest.mark.parametrize("kind", MENUS)
+@pytest.mark.parametrize("kind", SPACES)
 @pytest.mark.parametrize("cost", [costs.bops, costs.memory])
 def test_expected_cost_is_the_mean_over_all_samples(kind, cost):
-    table = CostTable(cost, SITES[kind], MENUS[kind])
+    table = CostTable(cost, SITES[kind], SPACES[kind])
     rng = np.random.default_rng(0)
-    width = max(len(menu) for _, menu in MENUS[kind])
-    probabilities = np.zeros((len(MENUS[kind]), width))
-    for row, (_, menu) in zip(probabilities, MENUS[kind]):
-        row[: len(menu)] = rng.dirichlet(np.ones(len(menu)))
+    width = max(len(formats) for _, formats in SPACES[kind])
+    probabilities = np.zeros((len(SPACES[kind]), width))
+    for row, (_, formats) in zip(probabilities, SPACES[kind]):
+        row[: len(formats)] = rng.dirichlet(np.ones(len(formats)))
     samples = every_sample(kind)
     weights = np.prod(probabilities[np.arange(len(probabilities)), samples], axis=1)
     assert weights.sum() == pytest.approx(1)
@@ -268,7 +268,7 @@ def test_totals_of_large_networks_are_exact():
 
 def test_a_table_agrees_with_the_cost_of_a_recipe():
     model = wrapped(tensors="separate")
-    found = decisions(model)
+    found = open_decisions(model)
     table = CostTable(costs.bops, costs.sites(model), [(d.name, d.options) for d in found])
     for sample in itertools.product(range(2), repeat=4):
         recipe = Recipe({d.name: d.options[i] for d, i in zip(found, sample)}, "separate")
@@ -279,7 +279,7 @@ def test_a_table_agrees_with_the_cost_of_a_recipe():
 
 
 def read(text, reachable=(1.0, 100.0)):
-    return costs.target(text, lambda fmt: {"INT8": 40.0, "INT4": 10.0}[fmt], "GBOPs", reachable)
+    return costs.parse_target_cost(text, lambda fmt: {"INT8": 40.0, "INT4": 10.0}[fmt], "GBOPs", reachable)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class Site:
       path: Layer path, "encoder/conv1".
       macs: Multiply-adds per example, over all calls.
       weights: Kernel entries.
-      weight_formats, activation_formats: Menus as names; ("FP32",) for what stays in float.
+      weight_formats, activation_formats: Names of the formats to choose from; ("FP32",) for what stays in float.
       weight_decision, activation_decision: Names of the decisions; None for what stays in float.
       is_table: True for an embedding, of which only the weights count.
     """
@@ -48,7 +48,7 @@ def sites(model, input_shape=None, named=()) -> list[Site]:
     if hasattr(model, "sites"):
         return model.sites
     kinds = (Quantized, Product)
-    owners = {id(walking.inside(layer)): layer for _, layer in walking.walk(model) if isinstance(layer, kinds)}
+    owners = {id(walking.unwrapped(layer)): layer for _, layer in walking.walk(model) if isinstance(layer, kinds)}
     traced = tracing.trace(model, input_shape, named)
     return [_site(layer, owners.get(id(layer.layer)), plain=not owners) for layer in traced]
 
@@ -111,11 +111,11 @@ def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
     is_recipe = isinstance(formats, Recipe)
     of_layer = formats.of_layers().get(site.path) if is_recipe else None
 
-    def pick(tensor, decision, menu):
+    def pick(tensor, decision, options):
         if decision is None:
             return FLOAT
         if formats is None:
-            return Format(menu[0])
+            return Format(options[0])
         if not is_recipe:
             return Format(formats)
         if of_layer is not None:  # the decisions of a plain model are not yet those of the recipe
@@ -142,21 +142,23 @@ def recipe_of(sites: Sequence[Site], formats: dict[str, str]) -> Recipe:
 
     Args:
       sites: See `sites`.
-      formats: {decision: format}; a decision that is not in it has the first format of its menu.
+      formats: {decision: format}; a decision that is not in it has the first of its formats.
     """
     in_float = [s.path for s in sites if s.weight_decision is None]
     info = {"float_layers": in_float} if in_float else {}
     kinds = {_tensors(site) for site in sites if not site.is_table} - {None}
     if len(kinds) > 1:
-        ordered = {name: formats.get(end, menu[0]) if end else menu[0] for name, end, menu in _ends_by_layer(sites)}
+        ordered = {
+            name: formats.get(end, options[0]) if end else options[0] for name, end, options in _ends_by_layer(sites)
+        }
         return Recipe(ordered, "separate", info=info)
     (kind,) = kinds or {"weights"}
     ordered, layers = {}, {}
     for site in sites:
         ends = ((site.weight_decision, site.weight_formats), (site.activation_decision, site.activation_formats))
-        for decision, menu in ends:
+        for decision, options in ends:
             if decision is not None:
-                ordered[decision] = formats.get(decision, menu[0])
+                ordered[decision] = formats.get(decision, options[0])
                 if site.path not in layers.setdefault(decision, []):
                     layers[decision].append(site.path)
     if kind == "separate":
@@ -194,7 +196,7 @@ def formats_of(sites: Sequence[Site], recipe: Recipe) -> dict[str, str]:
 
 
 def _ends_by_layer(sites: Sequence[Site]) -> Iterator[tuple[str, str | None, tuple[str, ...]]]:
-    """(name in a recipe that names layers one by one, decision, menu) of weights and inputs."""
+    """(name in a recipe that names layers one by one, decision, formats) of weights and inputs."""
     for site in sites:
         if site.weight_decision is not None:
             yield f"{site.path}/weights", site.weight_decision, site.weight_formats

@@ -4,9 +4,9 @@ A profile is a JSON file. Its prices are those of a `Cost`, so a search can aim 
 priced on several:
 
     profile = fliqs_tf.Profile.load("nvidia_h100_sxm")     # shipped: fliqs_tf.Profile.shipped(); or a path
-    qmodel = fliqs_tf.wrap(model, profile=profile)          # the menu is what the platform has
+    qmodel = fliqs_tf.wrap(model, profile=profile)          # the space is what the platform has
     profile.cost(qmodel, recipe)                            # in profile.unit, per example
-    profile.obstacles(qmodel, recipe)                       # layers that the platform cannot run, and why
+    profile.unsupported_layers(qmodel, recipe)              # layers that the platform cannot run, and why
 
 The file:
 
@@ -53,7 +53,7 @@ _NEEDED = ("name", "unit", "per_unit", "sources", "cost_per_mac")
 
 
 @dataclasses.dataclass(frozen=True)
-class Obstacle:
+class UnsupportedLayer:
     """A layer that a platform cannot run.
 
     Attributes:
@@ -164,7 +164,7 @@ class Profile:
         if reason:
             raise ValueError(
                 f"{self.name} cannot run layer {site.path!r} with {self._as_run(weights)} weights and "
-                f"{self._as_run(activations)} inputs: {reason} Wrap with profile=... for menus that it can run."
+                f"{self._as_run(activations)} inputs: {reason} Wrap with profile=... for formats that it can run."
             )
         return site.macs * self.pairs[self._as_run(weights), self._as_run(activations)]
 
@@ -189,7 +189,7 @@ class Profile:
         known = list(dict.fromkeys(w for w, _ in self.pairs))
         return f"It has no {weights} weights, only {profile_entries.listed(known)}."
 
-    def obstacles(self, model, formats=None) -> list[Obstacle]:
+    def unsupported_layers(self, model, formats=None) -> list[UnsupportedLayer]:
         """The layers that the platform cannot run, in network order; [] if it runs the network.
 
         Args:
@@ -206,23 +206,23 @@ class Profile:
             if reason := self.why_not(weights, activations):
                 if "FP32" in (weights.name, activations.name):
                     reason += f" What stays in float runs in {self.float_format} there."
-                found.append(Obstacle(site.path, self._as_run(weights), self._as_run(activations), reason))
+                found.append(UnsupportedLayer(site.path, self._as_run(weights), self._as_run(activations), reason))
         return found
 
-    def menus(self, tensors: str = "together", space=None) -> tuple[Space, Space]:
-        """Menus of weights and of inputs of which every choice can run.
+    def spaces(self, tensors: str = "together", space=None) -> tuple[Space, Space]:
+        """Spaces of weights and of inputs of which every choice can run.
 
         With "together" they are the formats that the platform multiplies by themselves, with "weights" the weight
         formats that it multiplies by inputs that stay in float. With "separate" weights and inputs are chosen each
-        for themselves, so every combination must run: of all such pairs of menus those with the widest range of cost,
+        for themselves, so every combination must run: of all such pairs of spaces those with the widest range of cost,
         and among these with the most combinations.
 
         Args:
           tensors: "together", "weights" or "separate", as for `fliqs_tf.wrap`.
-          space: A menu to take formats from, anything that `Space` takes. None: all that the platform has.
+          space: What to take formats from, anything that `Space` takes. None: all that the platform has.
 
         Returns:
-          (weight menu, input menu); the input menu is of no use with "weights".
+          (space of weights, space of inputs); that of inputs is of no use with "weights".
 
         Raises:
           ValueError: The space has a format that the platform cannot run so, or there is nothing to choose.
@@ -239,7 +239,7 @@ class Profile:
             how = {"together": " as weights and inputs of one layer", "separate": ""}
             has = f"it has {profile_entries.listed(list(Space(own[tensors]).names))}" if own[tensors] else "it has none"
             raise ValueError(
-                f"The menu has {profile_entries.listed(missing)}, which {self.name} does not have"
+                f"The space has {profile_entries.listed(missing)}, which {self.name} does not have"
                 f"{how.get(tensors, f' as weights with {self.float_format} inputs')}; {has}."
             )
         weights, activations = self._widest_block(wanted) if tensors == "separate" else (wanted, wanted)
@@ -252,7 +252,7 @@ class Profile:
         return Space(weights), Space(activations)
 
     def _widest_block(self, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Weight formats and input formats of which every combination is a pair; see `menus`."""
+        """Weight formats and input formats of which every combination is a pair; see `spaces`."""
         partners: dict[str, set[str]] = {}
         for w, a in self.pairs:
             if w in wanted and a in wanted:

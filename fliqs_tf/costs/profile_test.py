@@ -1,4 +1,4 @@
-"""Hardware profiles: prices by hand, menus that run, and every way in which a file can be wrong."""
+"""Hardware profiles: prices by hand, spaces that run, and every way in which a file can be wrong."""
 
 import copy
 import fractions
@@ -122,18 +122,18 @@ def test_the_bops_profile_is_bops():
 # ---- what cannot run
 
 
-def test_obstacles_name_the_layer_and_the_reason():
+def test_unsupported_layers_name_the_layer_and_the_reason():
     recipe = fliqs_tf.Recipe({"conv": "INT4", "fc": "E4M3"})
-    found = chip().obstacles(Sites, recipe)
+    found = chip().unsupported_layers(Sites, recipe)
     assert [(o.path, o.weights, o.activations) for o in found] == [("conv", "INT4", "INT4"), ("fc", "E4M3", "E4M3")]
     assert found[0].reason == "It multiplies INT4 weights only by INT8 inputs."
     assert found[1].reason == "It has no E4M3 weights, only INT4, INT8, BF16, FP32."
-    assert chip().obstacles(Sites, "INT8") == []
+    assert chip().unsupported_layers(Sites, "INT8") == []
 
 
-def test_a_float_layer_may_be_the_obstacle():
+def test_a_float_layer_may_be_unsupported():
     integer_only = chip(cost_per_mac=CHIP["cost_per_mac"][:2])
-    (found,) = integer_only.obstacles(Sites, fliqs_tf.Recipe({"fc": "INT8"}, info={"float_layers": ["conv"]}))
+    (found,) = integer_only.unsupported_layers(Sites, fliqs_tf.Recipe({"fc": "INT8"}, info={"float_layers": ["conv"]}))
     assert found.path == "conv"
     assert found.reason == "It has no FP32 weights, only INT4, INT8. What stays in float runs in FP32 there."
 
@@ -145,30 +145,30 @@ def test_pricing_what_cannot_run_is_an_error():
 
 def test_a_recipe_of_another_model():
     with pytest.raises(ValueError, match="no format for 'fc' of model 'net'"):
-        chip().obstacles(Sites, fliqs_tf.Recipe({"conv": "INT8"}))
+        chip().unsupported_layers(Sites, fliqs_tf.Recipe({"conv": "INT8"}))
 
 
-# ---- menus
+# ---- spaces
 
 
-def names(menus):
-    return tuple(menu.names for menu in menus)
+def names(spaces):
+    return tuple(space.names for space in spaces)
 
 
-def test_menus_by_hand():
-    assert names(chip().menus("together")) == (("INT8", "BF16", "FP32"),) * 2
-    assert names(GPU.menus("together")) == (("INT8", "BF16"),) * 2
-    assert names(GPU.menus("weights"))[0] == ("INT4", "INT8", "BF16")
+def test_spaces_by_hand():
+    assert names(chip().spaces("together")) == (("INT8", "BF16", "FP32"),) * 2
+    assert names(GPU.spaces("together")) == (("INT8", "BF16"),) * 2
+    assert names(GPU.spaces("weights"))[0] == ("INT4", "INT8", "BF16")
     # Candidates: INT4 INT8 x INT8 (range 1.5), INT8 x INT8 INT16 (1.2), INT4 INT8 BF16 x BF16 (1), and of these
     # INT4 INT8 x INT8 BF16: 1/3 to 2, the widest.
-    assert names(GPU.menus("separate")) == (("INT4", "INT8"), ("INT8", "BF16"))
-    assert names(chip().menus("separate")) == (("INT4", "INT8"), ("INT8",))
+    assert names(GPU.spaces("separate")) == (("INT4", "INT8"), ("INT8", "BF16"))
+    assert names(chip().spaces("separate")) == (("INT4", "INT8"), ("INT8",))
 
 
 def test_a_given_space_takes_its_part():
-    assert names(chip().menus("together", ["BF16", "INT8"]))[0] == ("INT8", "BF16")
-    assert names(GPU.menus("separate", ["INT8", "INT16"])) == (("INT8",), ("INT8", "INT16"))
-    assert names(Profile.load("bops").menus("together", "FLIQS-S-INT"))[0] == ("INT4", "INT8", "BF16")
+    assert names(chip().spaces("together", ["BF16", "INT8"]))[0] == ("INT8", "BF16")
+    assert names(GPU.spaces("separate", ["INT8", "INT16"])) == (("INT8",), ("INT8", "INT16"))
+    assert names(Profile.load("bops").spaces("together", "FLIQS-S-INT"))[0] == ("INT4", "INT8", "BF16")
 
 
 @pytest.mark.parametrize(
@@ -177,23 +177,23 @@ def test_a_given_space_takes_its_part():
         (
             "together",
             ["INT4", "INT8"],
-            "The menu has INT4, which Chip does not have as weights and inputs of one layer",
+            "The space has INT4, which Chip does not have as weights and inputs of one layer",
         ),
-        ("together", "FLIQS-S-FLOAT", "The menu has E2M1, E4M3, which Chip .*; it has INT8, BF16, FP32"),
-        ("weights", ["INT8", "FP32"], "The menu has INT8, which Chip does not have as weights with FP32 inputs"),
-        ("separate", ["INT8", "INT5"], "The menu has INT5, which Chip does not have; it has INT4, INT8"),
+        ("together", "FLIQS-S-FLOAT", "The space has E2M1, E4M3, which Chip .*; it has INT8, BF16, FP32"),
+        ("weights", ["INT8", "FP32"], "The space has INT8, which Chip does not have as weights with FP32 inputs"),
+        ("separate", ["INT8", "INT5"], "The space has INT5, which Chip does not have; it has INT4, INT8"),
         ("separate", ["INT4", "BF16"], None),  # BF16 x BF16 runs
         ("separate", ["INT4", "INT16"], "Chip multiplies none of INT4, INT16 by each other"),
         ("weights", None, "With tensors='weights' Chip leaves nothing to choose.*INT4 x INT8, INT8 x INT8"),
         ("sideways", None, "tensors must be one of together, weights, separate, got 'sideways'"),
     ],
 )
-def test_a_menu_that_the_platform_does_not_have(tensors, space, why):
+def test_a_space_that_the_platform_does_not_have(tensors, space, why):
     if why is None:
-        chip().menus(tensors, space)
+        chip().spaces(tensors, space)
         return
     with pytest.raises(ValueError, match=why):
-        chip().menus(tensors, space)
+        chip().spaces(tensors, space)
 
 
 @hypothesis.given(st.sets(st.tuples(st.integers(2, 5), st.integers(2, 5)), min_size=1), st.randoms())
@@ -208,7 +208,7 @@ def test_the_widest_block_against_all_blocks(pairs, random):
         if (block := [prices.get((w, a), 0) for w in ws for a in its]) and min(block) > 0
     )
     try:
-        found = profile.menus("separate")
+        found = profile.spaces("separate")
     except ValueError:
         assert best == (1, 1)
         return
@@ -235,7 +235,7 @@ def test_a_search_for_a_platform():
     assert model.cost is costs.bops
 
 
-def test_weights_and_inputs_apart_take_menus_that_run():
+def test_weights_and_inputs_apart_take_formats_that_run():
     model = fliqs_tf.wrap(network(), profile=GPU, tensors="separate")
     assert {d.name: d.options for d in model.decisions} == {
         "conv/weights": ("INT4", "INT8"),
@@ -248,7 +248,7 @@ def test_weights_and_inputs_apart_take_menus_that_run():
     for sample in itertools.product(range(2), repeat=4):
         by_hand = float((CONV * pairs[sample[:2]] + FC * pairs[sample[2:]]) / 1000)
         np.testing.assert_allclose(model.cost_table.of_samples([sample])[0], by_hand, rtol=1e-15)
-    assert not GPU.obstacles(model)
+    assert not GPU.unsupported_layers(model)
 
 
 def test_a_fixed_input_format_leaves_the_weights_to_choose():
@@ -265,7 +265,7 @@ def test_a_fixed_input_format_leaves_the_weights_to_choose():
 
 
 def test_a_given_space_and_rules_must_run():
-    with pytest.raises(ValueError, match="The menu has INT5, which Chip does not have"):
+    with pytest.raises(ValueError, match="The space has INT5, which Chip does not have"):
         fliqs_tf.wrap(network(), ["INT5", "INT8"], profile=chip())
     with pytest.raises(ValueError, match="Chip cannot run layer 'conv' with INT4 weights and INT4 inputs"):
         fliqs_tf.wrap(network(), rules=[("conv", ["INT4", "INT8"])], profile=chip())
@@ -274,7 +274,7 @@ def test_a_given_space_and_rules_must_run():
     assert fliqs_tf.wrap(network(), rules=[("fc", None)], profile=GPU).sites[1].weight_decision is None
 
 
-def test_a_profile_as_the_cost_of_a_menu_that_it_does_not_have():
+def test_a_profile_as_the_cost_of_a_space_that_it_does_not_have():
     model = fliqs_tf.wrap(network(), ["INT4", "INT8"])
     with pytest.raises(ValueError, match="Chip cannot run layer 'conv' with INT4 .* Wrap with profile="):
         model.compile("sgd", "mse", target_cost=1.0, cost=chip())
@@ -317,7 +317,7 @@ def test_a_shipped_profile_is_cited_and_runs_a_network(name):
     model = fliqs_tf.wrap(network(), profile=name, tensors=tensors)
     low, high = costs.CostTable(profile.cost, model.sites, [(d.name, d.options) for d in model.decisions]).reachable()
     assert 0 < low < high
-    assert profile.obstacles(model) == []
+    assert profile.unsupported_layers(model) == []
 
 
 # Operations per second that the sources print, per format, halved where they are printed with sparsity.
@@ -351,8 +351,8 @@ def test_mixed_formats_on_gpus():
     assert (
         Profile.load("nvidia_b200_hgx").pairs["E2M1", "E4M3"] == Profile.load("nvidia_b200_hgx").pairs["E4M3", "E4M3"]
     )
-    assert [o.path for o in Profile.load("nvidia_h100_sxm").obstacles(Sites, "E2M1")] == ["conv", "fc"]
-    assert [o.path for o in Profile.load("google_tpu_v5e").obstacles(Sites, recipe)] == ["conv", "fc"]
+    assert [o.path for o in Profile.load("nvidia_h100_sxm").unsupported_layers(Sites, "E2M1")] == ["conv", "fc"]
+    assert [o.path for o in Profile.load("google_tpu_v5e").unsupported_layers(Sites, recipe)] == ["conv", "fc"]
 
 
 # ---- files

@@ -1,11 +1,11 @@
-"""Carriers: the int8 tensors between the layers of an integer network.
+"""Boundary quantizers: the int8 tensors between the layers of an integer network, as layers.
 
 The search gives a format to the input of every quantized layer. Integer kernels (LiteRT's) also hand int8 tensors to
-additions, pooling, concatenation, to several layers at once, and out of the network. A carrier is an
-`ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and makes
-the Keras model compute what the integer network will.
+additions, pooling, concatenation, to several layers at once, and out of the network. A boundary quantizer is
+an `ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and
+makes the Keras model compute what the integer network will.
 
-Where a value goes straight into one quantized layer there is none: the kernel before writes that layer's codes.
+Where a value goes straight into one quantized layer there is none: the layer before writes that layer's codes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import copies, dataflow, layer_types, rewriting, walking
-from fliqs_tf.graph.commuting import activation, commutes, is_activation
+from fliqs_tf.graph.commuting import activation, is_activation, is_quantization_invariant
 from fliqs_tf.layers import ranges, shared_ranges
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -35,7 +35,7 @@ COMPUTING = (
 )
 
 
-def swallowed(graph: dataflow.Dataflow) -> set[int]:
+def fused_values(graph: dataflow.Dataflow) -> set[int]:
     """Values that do not exist in an integer network: the kernel that makes them goes on to the next step.
 
     A convolution takes batch normalization with it; it, normalization and addition take a ReLU.
@@ -65,14 +65,14 @@ def has_channels_last(norm, maker) -> bool:
     return axis == -1 or (axis == 3 and hasattr(maker, "filters")) or (axis == 1 and hasattr(maker, "units"))
 
 
-def places(model: keras.Model) -> list[str]:
-    """Paths of the layers behind which an integer network needs a carrier.
+def boundary_layers(model: keras.Model) -> list[str]:
+    """Paths of the layers behind which an integer network needs a boundary quantizer.
 
     A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
     """
     graph = dataflow.read(model)
-    inside, readers, integer = swallowed(graph), graph.readers(), _integer_values(graph)
-    carried: dict[int, str] = {}
+    fused, readers, integer = fused_values(graph), graph.readers(), _integer_values(graph)
+    quantized: dict[int, str] = {}
     ends: dict[int, set[tuple[str, int]]] = {}
     for call in reversed(graph.calls):
         value = call.output
@@ -80,24 +80,29 @@ def places(model: keras.Model) -> list[str]:
         for reader in readers.get(value, ()):
             if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
                 found.add(("quantizer", reader.output))
-            elif value in inside or commutes(reader.layer):
-                found |= {("quantizer", reader.output)} if reader.output in carried else ends[reader.output]
+            elif value in fused or is_quantization_invariant(reader.layer):
+                found |= {("quantizer", reader.output)} if reader.output in quantized else ends[reader.output]
             else:
                 found.add(("operation", reader.output))
         ends[value] = found
         is_direct = len(found) == 1 and next(iter(found))[0] == "quantizer"
-        is_carrier = isinstance(call.layer, ActivationQuantizer)
-        if found and value in integer and value not in inside and not is_direct and not is_carrier:
-            carried[value] = call.path
-    # What only moves carried codes needs no second carrier.
+        is_boundary = isinstance(call.layer, ActivationQuantizer)
+        if found and value in integer and value not in fused and not is_direct and not is_boundary:
+            quantized[value] = call.path
+    # What only moves codes needs no second quantizer.
     for call in graph.calls:
-        if call.output in carried and commutes(call.layer) and len(call.inputs) == 1 and call.inputs[0] in carried:
-            del carried[call.output]
-    return list(dict.fromkeys(carried[call.output] for call in graph.calls if call.output in carried))
+        if (
+            call.output in quantized
+            and is_quantization_invariant(call.layer)
+            and len(call.inputs) == 1
+            and call.inputs[0] in quantized
+        ):
+            del quantized[call.output]
+    return list(dict.fromkeys(quantized[call.output] for call in graph.calls if call.output in quantized))
 
 
 def _integer_values(graph: dataflow.Dataflow) -> set[int]:
-    """Values that a kernel with int8 output may make, given the menus of the quantized layers."""
+    """Values that a kernel with int8 output may make, given the spaces of the quantized layers."""
     found: set[int] = set()
     for call in graph.calls:
         known = [value in found for value in call.inputs]
@@ -105,7 +110,7 @@ def _integer_values(graph: dataflow.Dataflow) -> set[int]:
             isinstance(call.layer, ActivationQuantizer)
             or _is_integer(call.layer, any)
             or (_computes(call) and all(known))
-            or (commutes(call.layer) and any(known))
+            or (is_quantization_invariant(call.layer) and any(known))
         ):
             found.add(call.output)
     return found
@@ -124,32 +129,35 @@ def _is_integer(layer, how) -> bool:
     """Whether `how` (any, all) of the formats of a quantized layer are integers of 8 bits or fewer."""
     if not isinstance(layer, Quantized) or layer.activation_quantizer is None:
         return False
-    menus = (layer.weight_quantizers[0].space.formats, layer.activation_quantizer.space.formats)
-    return all(how(is_integer(fmt) for fmt in menu) for menu in menus)
+    spaces = (layer.weight_quantizers[0].space.formats, layer.activation_quantizer.space.formats)
+    return all(how(is_integer(fmt) for fmt in space) for space in spaces)
 
 
 # ---- putting them in
 
 
-def with_carriers(model: keras.Model) -> keras.Model:
-    """A copy of a quantized network with carriers, and its weights.
+def with_boundary_quantizers(model: keras.Model) -> keras.Model:
+    """A copy of a quantized network with boundary quantizers, and its weights.
 
     The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
-    own, so that there can be a carrier before it.
+    own, so that there can be a boundary quantizer before it.
 
     Args:
       model: Functional or Sequential, with `Quantized` layers.
     """
     apart = rewriting.with_added(model, _activations_apart(model))
-    added = {path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)] for path in places(apart)}
+    added = {
+        path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)]
+        for path in boundary_layers(apart)
+    }
     copy = rewriting.with_added(apart, added, kinds=shared_ranges.KINDS)
     shared_ranges.link(copy)
     comparison.check(model, copy)
     return copy
 
 
-def menu(space) -> Space:
-    """The formats of a menu that integer kernels have; the rest of it is dropped.
+def integer_formats(space) -> Space:
+    """The formats of a space that integer kernels have; the others are dropped.
 
     Raises:
       ValueError: There are none.
@@ -183,18 +191,18 @@ def _activations_apart(model) -> dict[str, list]:
 
 
 def calibrate(model: keras.Model, representative: Iterable | None) -> None:
-    """Gives a range to the carriers that have none, from their readers or from data.
+    """Gives a range to the boundary quantizers that have none, from their readers or from data.
 
     Args:
-      model: What `with_carriers` gave.
+      model: What `with_boundary_quantizers` gave.
       representative: Batches of model inputs; None if there are none.
 
     Raises:
       ValueError: A range is missing and there is no data.
     """
-    for carrier, quantizer in shared_ranges.followers(model):
-        if carrier.range[1] == 0 and quantizer.range[1] > 0:
-            carrier.range.assign(quantizer.range)
+    for boundary, quantizer in shared_ranges.followers(model):
+        if boundary.range[1] == 0 and quantizer.range[1] > 0:
+            boundary.range.assign(quantizer.range)
     shared_ranges.link(model)
     missing = list(ranges.unseen(model))
     if missing and representative is None:

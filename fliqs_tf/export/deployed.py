@@ -65,8 +65,8 @@ def _decided(model) -> list[tuple[str, Quantized | Product]]:
         for quantizer in (*layer.weight_quantizers, *layer.activation_quantizers):
             if quantizer.choice is not None:
                 raise ValueError(
-                    f"Layer {path!r} has the menu {', '.join(quantizer.space.names)}: its format is not decided. Give "
-                    f"what deploy() of the searched model returns."
+                    f"Layer {path!r} may still take {', '.join(quantizer.space.names)}: its format is not decided. "
+                    f"Give what deploy() of the searched model returns."
                 )
     return layers
 
@@ -87,7 +87,7 @@ def recipe(model) -> Recipe:
     in_float = [path for path, _ in walking.quantizable(model)]
     info = {"float_layers": in_float} if in_float else {}
     # What is chosen for tables says nothing of the kind: they have no input to quantize.
-    kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.inside(layer))} or {"weights"}
+    kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.unwrapped(layer))} or {"weights"}
     formats: dict[str, str] = {}
     members: dict[str, list[str]] = {}
     if len(kinds) > 1:  # layers quantized one by one: no recipe of one kind says that
@@ -140,20 +140,20 @@ def quantized_weight(name: str, quantizer, weight: tf.Tensor) -> QuantizedWeight
     weight = tf.cast(weight, tf.float32)
     fmt = format_of(quantizer)
     computed = quantizer.call(weight).numpy()
-    if not np.isfinite(computed).all():  # the kernel may also overflow next to the end of float32
+    if not np.isfinite(computed).all():  # rounding may also overflow next to the end of float32
         raise ValueError(f"The weight {name!r} has NaN or infinite entries in {fmt}; nothing to export.")
     if not fmt.is_scaled:
         return QuantizedWeight(fmt, computed, None)
     scale = scale_of(rounding.absolute_max(weight, quantizer.channel_axes).numpy(), fmt)
     # Dividing by the scale gives back the value but for the last bit, which rounding mends.
     values = rounding.fake_quant(computed / scale, fmt, amax=fmt.max).numpy()
-    if not np.array_equal(values * scale, computed):  # would be an error of the kernel, not of the caller
+    if not np.array_equal(values * scale, computed):  # would be an error of the rounding function, not of the caller
         raise AssertionError(f"{name}: values * scale are not what the layer computes with.")
     return QuantizedWeight(fmt, values, scale)
 
 
 def scale_of(amax: np.ndarray, fmt: Format) -> np.ndarray:
-    """The scale that the rounding kernel takes: float32 amax / (largest value), never 0."""
+    """The scale that the rounding function takes: float32 amax / (largest value), never 0."""
     return np.maximum(np.asarray(amax, np.float32) / np.float32(fmt.max), np.finfo(np.float32).tiny)
 
 

@@ -161,11 +161,11 @@ def test_the_recipe_of_a_model_quantized_layer_by_layer():
 
 def mixed_search():
     """Layers whose input stays in float, shares the decision of the weights, or has one of its own."""
-    inputs, menu = keras.Input((4,)), ["INT4", "INT8"]
-    x = fliqs_tf.Quantized(L.Dense(4, name="a"), menu, None, "first", name="a")(inputs)
-    x = fliqs_tf.Quantized(L.Dense(4, name="b"), menu, menu, "tied", "tied", name="b")(x)
-    x = fliqs_tf.Quantized(L.Dense(4, name="c"), menu, menu, "tied", "tied", name="c")(x)
-    x = fliqs_tf.Quantized(L.Dense(4, name="d"), menu, ["E4M3", "E5M2"], "d/weights", "d/activations", name="d")(x)
+    inputs, space = keras.Input((4,)), ["INT4", "INT8"]
+    x = fliqs_tf.Quantized(L.Dense(4, name="a"), space, None, "first", name="a")(inputs)
+    x = fliqs_tf.Quantized(L.Dense(4, name="b"), space, space, "tied", "tied", name="b")(x)
+    x = fliqs_tf.Quantized(L.Dense(4, name="c"), space, space, "tied", "tied", name="c")(x)
+    x = fliqs_tf.Quantized(L.Dense(4, name="d"), space, ["E4M3", "E5M2"], "d/weights", "d/activations", name="d")(x)
     return fliqs_tf.SearchModel(keras.Model(inputs, x, name="net"))
 
 
@@ -211,7 +211,7 @@ def test_a_model_that_is_not_deployed_is_refused():
     searched = fliqs_tf.wrap(network(), ["INT4", "INT8"])
     with pytest.raises(ValueError, match=r"'net' is still being searched: give what its deploy\(\) returns"):
         deployed.quantized_layers(searched)
-    with pytest.raises(ValueError, match=r"Layer 'separable' has the menu INT4, INT8: its format is not decided"):
+    with pytest.raises(ValueError, match=r"Layer 'separable' may still take INT4, INT8: its format is not decided"):
         deployed.quantized_layers(searched.network)
     with pytest.raises(ValueError, match="'net' has no quantized layer"):
         deployed.quantized_layers(network())

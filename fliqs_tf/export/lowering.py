@@ -13,7 +13,7 @@ import numpy as np
 
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.export import boundaries, deployed
-from fliqs_tf.export.steps import Graph, Grid, Linear, Step, ones
+from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step, ones
 from fliqs_tf.graph import commuting, dataflow, layer_types, walking
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -23,7 +23,7 @@ from fliqs_tf.numerics.formats import Format
 _LAYERS = keras.layers
 
 
-def steps(model: keras.Model) -> Graph:
+def steps(model: keras.Model) -> IntegerNetwork:
     """Reads a deployed model.
 
     Args:
@@ -43,7 +43,7 @@ def steps(model: keras.Model) -> Graph:
         made[-1].last = (call.path, call.index)
         found += made
     found = _without_identities(found, topo.outputs)
-    return Graph(topo.inputs, _merged(found, topo.outputs), topo.outputs, topo.output_names)
+    return IntegerNetwork(topo.inputs, _merged(found, topo.outputs), topo.outputs, topo.output_names)
 
 
 def check_layers(model: keras.Model) -> None:
@@ -73,7 +73,7 @@ def _output_shape(call, inputs) -> tuple:
         shape = call.layer.compute_output_shape(inputs)
     else:
         shape = call.layer.compute_output_shape(inputs[0])
-    if isinstance(walking.inside(call.layer), _LAYERS.EinsumDense):  # it may leave sizes open that its input has
+    if isinstance(walking.unwrapped(call.layer), _LAYERS.EinsumDense):  # it may leave sizes open that its input has
         shape = (*inputs[0][:-1], shape[-1])
     return tuple(shape)[1:]
 
@@ -89,7 +89,7 @@ def unsupported(path: str, layer, why: str = "") -> ValueError:
 
 def why_not(path: str, layer) -> str:
     """Why a layer has no counterpart in the file, whatever its formats and shapes; "" if it may have one."""
-    inner = walking.inside(layer)
+    inner = walking.unwrapped(layer)
     kernels = layer_types.kernels(inner)
     try:
         if len(kernels) == 1:
@@ -108,7 +108,7 @@ def _read(call: dataflow.Call, inputs, output, fresh) -> list[Step]:
     if isinstance(layer, Quantized):
         return _read_quantized(call, inputs, output, fresh)
     if isinstance(layer, ActivationQuantizer):
-        return [Step("quantize", *base, options={"grid": grid_of(layer, call.path)})]
+        return [Step("quantize", *base, options={"scale": activation_scale_of(layer, call.path)})]
     if layer_types.kernels(layer):
         return _linear_steps(call, layer, call.inputs[0], inputs[0], output, None, fresh)
     reader = _READERS.get(type(layer))
@@ -132,7 +132,7 @@ def _merging_steps(call, kind, inputs, output, fresh) -> list[Step]:
     return [*made, Step(kind, call.path, tuple(values), call.output, (*shapes, output))]
 
 
-def grid_of(quantizer: ActivationQuantizer, path: str) -> Grid:
+def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> ActivationScale:
     """What a quantizer of one fixed format rounds to.
 
     Raises:
@@ -144,7 +144,7 @@ def grid_of(quantizer: ActivationQuantizer, path: str) -> Grid:
         raise ValueError(
             f"The input of layer {path!r} has no range yet: give representative=batches of inputs, or train."
         )
-    return Grid(fmt, amax * np.float32(quantizer.clip))
+    return ActivationScale(fmt, amax * np.float32(quantizer.clip))
 
 
 def _fixed(quantizer, path) -> tuple[Format, ...]:
@@ -164,9 +164,13 @@ def _fixed(quantizer, path) -> tuple[Format, ...]:
 def _read_quantized(call, inputs, output, fresh) -> list[Step]:
     layer, value, made = call.layer, call.inputs[0], []
     if layer.activation_quantizer is not None:
-        grid = grid_of(layer.activation_quantizer, call.path)
+        activation_scale = activation_scale_of(layer.activation_quantizer, call.path)
         quantized = next(fresh)
-        made.append(Step("quantize", call.path, (value,), quantized, (inputs[0], inputs[0]), options={"grid": grid}))
+        made.append(
+            Step(
+                "quantize", call.path, (value,), quantized, (inputs[0], inputs[0]), options={"scale": activation_scale}
+            )
+        )
         value = quantized
     return made + _linear_steps(call, layer.layer, value, inputs[0], output, layer, fresh)
 
@@ -185,8 +189,10 @@ def _linear_steps(call, layer, value, shape, output, quantized, fresh) -> list[S
         made.append(Step("linear", call.path, (value,), middle, (shape, middle_shape), options=options, linear=first))
         value, shape = middle, middle_shape
         if quantized is not None and quantized.middle_quantizer is not None:
-            grid, rounded = grid_of(quantized.middle_quantizer, call.path), next(fresh)
-            made.append(Step("quantize", call.path, (value,), rounded, (shape, shape), options={"grid": grid}))
+            activation_scale, rounded = activation_scale_of(quantized.middle_quantizer, call.path), next(fresh)
+            made.append(
+                Step("quantize", call.path, (value,), rounded, (shape, shape), options={"scale": activation_scale})
+            )
             value = rounded
         second = _linear(call.path, layer, kernels[1], quantizers[1], "conv", with_bias=True)
         options = {"strides": (1, 1), "padding": "valid", "dilation": (1, 1)}
@@ -425,7 +431,7 @@ def _takes(before: Step, step: Step) -> bool:
 # ---- biases
 
 
-def settle(model: keras.Model) -> None:
+def round_biases(model: keras.Model) -> None:
     """Moves biases to the multiples of (input scale * weight scale) that int32 biases can be.
 
     By at most half of one, which is far less than quantization moves them about; but left as they are, rounding them in
@@ -433,21 +439,23 @@ def settle(model: keras.Model) -> None:
     of layers in float formats are rounded no more: the file computes these in float32.
 
     Args:
-      model: A deployed model with carriers.
+      model: A deployed model with boundary quantizers.
     """
     for _, layer in walking.walk(model):
         for quantizer in layer.activation_quantizers if isinstance(layer, Quantized) else ():
             if not boundaries.is_integer(deployed.format_of(quantizer)):
                 quantizer.pass_through()
-    graph = steps(model)
-    grids = {step.output: step.options["grid"] for step in graph.steps if step.kind == "quantize"}
+    network = steps(model)
+    activation_scales = {step.output: step.options["scale"] for step in network.steps if step.kind == "quantize"}
     moves: dict[int, tuple] = {}  # variable by id -> it, and how far each call of its layer wants it moved
-    for step in graph.steps:
-        if step.shift is None or not all(v in grids and boundaries.is_integer(grids[v].format) for v in step.inputs):
+    for step in network.steps:
+        if step.shift is None or not all(
+            v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs
+        ):
             continue
         linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.linear
         if linear.codes is not None:
-            unit = float(grids[step.inputs[0]].carried_scale) * linear.scale
+            unit = float(activation_scales[step.inputs[0]].int8_scale) * linear.scale
             moved = np.rint(linear.bias / unit) * unit - linear.bias
             moves.setdefault(id(step.shift), (step.shift, []))[1].append(moved)
     for shift, wanted in moves.values():

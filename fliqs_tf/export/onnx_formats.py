@@ -23,85 +23,85 @@ from __future__ import annotations
 import numpy as np
 
 from fliqs_tf.export import deployed, targets
-from fliqs_tf.export.onnx_graph import Graph, Value, import_onnx
+from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.numerics.formats import Format
 
 
-def quantized_input(graph: Graph, x: Value, quantizer) -> Value:
+def quantized_input(builder: OnnxBuilder, x: Value, quantizer) -> Value:
     """A value as a quantizer of one fixed format rounds it.
 
     Raises:
       ValueError: A format that ONNX has no type for, or no range; names the layer.
     """
     fmt = deployed.format_of(quantizer)
-    carrier = targets.onnx_inputs(fmt)
-    if carrier is None:
+    storage = targets.onnx_inputs(fmt)
+    if storage is None:
         raise ValueError(
-            f"Layer {graph.path!r} has its input in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
+            f"Layer {builder.path!r} has its input in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
         )
-    if carrier == "FP32":
+    if storage == "FP32":
         return x
-    if carrier == "BF16":
+    if storage == "BF16":
         proto = import_onnx().TensorProto
-        return graph.each(
+        return builder.each(
             [x],
-            lambda name: graph.node("Cast", [graph.node("Cast", [name], to=proto.BFLOAT16)], to=proto.FLOAT),
+            lambda name: builder.node("Cast", [builder.node("Cast", [name], to=proto.BFLOAT16)], to=proto.FLOAT),
             x.is_nonnegative,
         )
     try:
         scale = deployed.input_scale(quantizer)
     except ValueError as error:
-        raise ValueError(f"Layer {graph.path!r} cannot be written: {error}.") from None
-    scale_name = graph.constant(scale, "input.scale")
+        raise ValueError(f"Layer {builder.path!r} cannot be written: {error}.") from None
+    scale_name = builder.constant(scale, "input.scale")
     # Not by a zero point of that type, which is 0 anyway: onnxruntime 1.31 then breaks its own graph where a Transpose
     # follows.
-    kind = graph.kind(carrier)
+    kind = builder.kind(storage)
 
     def make(name):
-        if _needs_clip(fmt, carrier, x):
+        if _needs_clip(fmt, storage, x):
             bound = np.float32(fmt.max) * scale
-            name = graph.node("Clip", [name, graph.constant(-bound, "least"), graph.constant(bound, "most")])
-        made = graph.node("QuantizeLinear", [name, scale_name], output_dtype=kind)
-        return graph.node("DequantizeLinear", [made, scale_name])
+            name = builder.node("Clip", [name, builder.constant(-bound, "least"), builder.constant(bound, "most")])
+        made = builder.node("QuantizeLinear", [name, scale_name], output_dtype=kind)
+        return builder.node("DequantizeLinear", [made, scale_name])
 
-    return graph.each([x], make, x.is_nonnegative)
-
-
-def _needs_clip(fmt: Format, carrier: str, x: Value) -> bool:
-    """Integers of ONNX have one more code at the lower end, and one that carries another has more at both."""
-    return fmt.is_integer and (fmt.name != carrier or not x.is_nonnegative)
+    return builder.each([x], make, x.is_nonnegative)
 
 
-def float_weight(graph: Graph, weight, what: str, move=lambda k: k) -> str:
+def _needs_clip(fmt: Format, storage: str, x: Value) -> bool:
+    """Integers of ONNX have one more code at the lower end, and one that stores another has more at both."""
+    return fmt.is_integer and (fmt.name != storage or not x.is_nonnegative)
+
+
+def float_weight(builder: OnnxBuilder, weight, what: str, move=lambda k: k) -> str:
     """A weight as a float32 tensor of the graph, `move` taking it to ONNX's order of axes.
 
     Raises:
       ValueError: A format that ONNX has no type for; names the layer.
     """
     if isinstance(weight, np.ndarray):
-        return graph.constant(move(weight), what)
+        return builder.constant(move(weight), what)
     fmt, values = weight.format, move(weight.values)
-    carrier = targets.onnx_weights(fmt)
-    if carrier is None:
+    storage = targets.onnx_weights(fmt)
+    if storage is None:
         raise ValueError(
-            f"Layer {graph.path!r} has its weights in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
+            f"Layer {builder.path!r} has its weights in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
         )
     if weight.scale is None:
-        made = graph.codes(values, carrier, what)
-        return made if carrier == "FP32" else graph.node("Cast", [made], to=import_onnx().TensorProto.FLOAT)
+        made = builder.codes(values, storage, what)
+        return made if storage == "FP32" else builder.node("Cast", [made], to=import_onnx().TensorProto.FLOAT)
     scale = move(weight.scale)
     axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
     if len(axes) <= 1:
         axis = axes[0] if axes else 0
         if not axes:  # one channel, or one scale for all
             scale = np.broadcast_to(scale.reshape(()), (values.shape[0],))
-        inputs = [graph.codes(values, carrier, what), graph.constant(scale.ravel(), f"{what}.scale")]
-        return graph.node("DequantizeLinear", inputs, axis=axis)
+        inputs = [builder.codes(values, storage, what), builder.constant(scale.ravel(), f"{what}.scale")]
+        return builder.node("DequantizeLinear", inputs, axis=axis)
     # Channels along several axes, which DequantizeLinear does not have: as a matrix, and back.
     order = [axis for axis in range(values.ndim) if axis not in axes] + axes
     ordered = values.transpose(order)
     matrix = ordered.reshape(-1, scale.size)
-    inputs = [graph.codes(matrix, carrier, what), graph.constant(scale.transpose(order).ravel(), f"{what}.scale")]
-    made = graph.node("DequantizeLinear", inputs, axis=1)
-    made = graph.node("Reshape", [made, graph.constant(np.array(ordered.shape, np.int64))])
-    return graph.node("Transpose", [made], perm=np.argsort(order).tolist())
+    inputs = [builder.codes(matrix, storage, what), builder.constant(scale.transpose(order).ravel(), f"{what}.scale")]
+    made = builder.node("DequantizeLinear", inputs, axis=1)
+    made = builder.node("Reshape", [made, builder.constant(np.array(ordered.shape, np.int64))])
+    return builder.node("Transpose", [made], perm=np.argsort(order).tolist())

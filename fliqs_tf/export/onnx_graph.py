@@ -35,7 +35,7 @@ class Value:
     is_nonnegative: bool = False
 
 
-class Graph:
+class OnnxBuilder:
     """Nodes and constants of the file, and where we are: the path of the layer."""
 
     def __init__(self):
@@ -66,18 +66,18 @@ class Graph:
         self.constants[name] = import_onnx().numpy_helper.from_array(np.asarray(array), name)
         return name
 
-    def kind(self, carrier: str) -> int:
+    def kind(self, storage: str) -> int:
         """The ONNX type of a format's name; the file takes the opset that has it."""
-        if carrier == "E2M1":
+        if storage == "E2M1":
             self.opset = _OPSET_OF_E2M1
-        return getattr(import_onnx().TensorProto, "BFLOAT16" if carrier == "BF16" else targets.ONNX_TYPES[carrier])
+        return getattr(import_onnx().TensorProto, "BFLOAT16" if storage == "BF16" else targets.ONNX_TYPES[storage])
 
-    def codes(self, values: np.ndarray, carrier: str, what: str) -> str:
+    def codes(self, values: np.ndarray, storage: str, what: str) -> str:
         """A constant of an ONNX type for a format, from the format's values."""
-        if carrier == "FP32":
+        if storage == "FP32":
             return self.constant(values.astype(np.float32), what)
-        name, kind = self.name(f"{self.path}/{what}"), self.kind(carrier)
-        bits = encoding.pack(encoding.encode(values, carrier), Format(carrier).bits)
+        name, kind = self.name(f"{self.path}/{what}"), self.kind(storage)
+        bits = encoding.pack(encoding.encode(values, storage), Format(storage).bits)
         self.constants[name] = import_onnx().helper.make_tensor(name, kind, values.shape, bits.tobytes(), raw=True)
         return name
 

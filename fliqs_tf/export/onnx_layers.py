@@ -8,7 +8,7 @@ import numpy as np
 
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.export.onnx_formats import float_weight, quantized_input
-from fliqs_tf.export.onnx_graph import Graph, Value
+from fliqs_tf.export.onnx_graph import OnnxBuilder, Value
 from fliqs_tf.graph import copies
 
 _LAYERS = keras.layers
@@ -17,18 +17,18 @@ _LAYERS = keras.layers
 # ---- activations
 
 
-def _hard_sigmoid(graph, name):
-    return graph.node("HardSigmoid", [name], alpha=1 / 6 if IS_KERAS_3 else 0.2, beta=0.5)
+def _hard_sigmoid(builder, name):
+    return builder.node("HardSigmoid", [name], alpha=1 / 6 if IS_KERAS_3 else 0.2, beta=0.5)
 
 
 def _unary(operation, **attributes):
-    return lambda graph, name: graph.node(operation, [name], **attributes)
+    return lambda builder, name: builder.node(operation, [name], **attributes)
 
 
 _ACTIVATIONS = {
     "relu": _unary("Relu"),
-    "relu6": lambda graph, name: graph.node(
-        "Clip", [name, graph.constant(np.float32(0)), graph.constant(np.float32(6))]
+    "relu6": lambda builder, name: builder.node(
+        "Clip", [name, builder.constant(np.float32(0)), builder.constant(np.float32(6))]
     ),
     "sigmoid": _unary("Sigmoid"),
     "tanh": _unary("Tanh"),
@@ -40,14 +40,14 @@ _ACTIVATIONS = {
     "exponential": _unary("Exp"),
     "hard_sigmoid": _hard_sigmoid,
     "leaky_relu": _unary("LeakyRelu", alpha=0.2),
-    "silu": lambda graph, name: graph.node("Mul", [name, graph.node("Sigmoid", [name])]),
-    "hard_silu": lambda graph, name: graph.node("Mul", [name, _hard_sigmoid(graph, name)]),
+    "silu": lambda builder, name: builder.node("Mul", [name, builder.node("Sigmoid", [name])]),
+    "hard_silu": lambda builder, name: builder.node("Mul", [name, _hard_sigmoid(builder, name)]),
 }
 _ACTIVATIONS["swish"], _ACTIVATIONS["hard_swish"] = _ACTIVATIONS["silu"], _ACTIVATIONS["hard_silu"]
 _NONNEGATIVE = ("relu", "relu6", "sigmoid", "hard_sigmoid", "softplus", "exponential")
 
 
-def activation(graph: Graph, function, x: Value) -> Value:
+def activation(builder: OnnxBuilder, function, x: Value) -> Value:
     """A value after an activation function of Keras.
 
     Raises:
@@ -58,37 +58,38 @@ def activation(graph: Graph, function, x: Value) -> Value:
         return x
     if name in ("softmax", "log_softmax"):
         return dataclasses.replace(
-            graph.plain(x, "Softmax" if name == "softmax" else "LogSoftmax", axis=-1), is_nonnegative=name == "softmax"
+            builder.plain(x, "Softmax" if name == "softmax" else "LogSoftmax", axis=-1),
+            is_nonnegative=name == "softmax",
         )
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"Layer {graph.path!r} has the activation {name!r}, which has no ONNX form here. Known: "
+            f"Layer {builder.path!r} has the activation {name!r}, which has no ONNX form here. Known: "
             f"{', '.join(sorted([*_ACTIVATIONS, 'linear', 'softmax', 'log_softmax']))}."
         )
-    return graph.each([x], lambda tensor: _ACTIVATIONS[name](graph, tensor), name in _NONNEGATIVE)
+    return builder.each([x], lambda tensor: _ACTIVATIONS[name](builder, tensor), name in _NONNEGATIVE)
 
 
-def _relu(graph, layer, x):
+def _relu(builder, layer, x):
     most, slope, threshold = layer.max_value, float(layer.negative_slope), float(layer.threshold)
     if threshold:
-        raise ValueError(f"Layer {graph.path!r} is a ReLU with a threshold, which has no ONNX form here.")
+        raise ValueError(f"Layer {builder.path!r} is a ReLU with a threshold, which has no ONNX form here.")
 
     def make(name):
         if slope:
-            name = graph.node("LeakyRelu", [name], alpha=slope)
+            name = builder.node("LeakyRelu", [name], alpha=slope)
         if most is not None:
-            bounds = ["" if slope else graph.constant(np.float32(0)), graph.constant(np.float32(most))]
-            return graph.node("Clip", [name, *bounds])
-        return name if slope else graph.node("Relu", [name])
+            bounds = ["" if slope else builder.constant(np.float32(0)), builder.constant(np.float32(most))]
+            return builder.node("Clip", [name, *bounds])
+        return name if slope else builder.node("Relu", [name])
 
-    return graph.each([x], make, not slope)
-
-
-# ---- layers with kernels: (graph, layer, x, weights, quantizer between two kernels) -> value without activation
+    return builder.each([x], make, not slope)
 
 
-def _bias(graph, layer) -> list[str]:
-    return [graph.constant(np.asarray(layer.bias), "bias")] if layer.use_bias else []
+# ---- layers with kernels: (builder, layer, x, weights, quantizer between two kernels) -> value without activation
+
+
+def _bias(builder, layer) -> list[str]:
+    return [builder.constant(np.asarray(layer.bias), "bias")] if layer.use_bias else []
 
 
 def _padding(layer, sizes) -> dict:
@@ -104,11 +105,11 @@ def _per_axis(number, axes: int) -> list[int]:
     return list(number) if isinstance(number, (tuple, list)) else [number] * axes
 
 
-def _conv(graph, layer, x, weights, _):
+def _conv(builder, layer, x, weights, _):
     (kernel,) = weights.values()
     move = lambda k: k.transpose(k.ndim - 1, k.ndim - 2, *range(k.ndim - 2))  # noqa: E731
-    inputs = [float_weight(graph, kernel, "kernel", move), *_bias(graph, layer)]
-    return graph.moved(
+    inputs = [float_weight(builder, kernel, "kernel", move), *_bias(builder, layer)]
+    return builder.moved(
         x, "Conv", inputs, group=layer.groups, strides=list(layer.strides), dilations=list(layer.dilation_rate),
         **_padding(layer, layer.kernel_size),
     )  # fmt: skip
@@ -118,102 +119,104 @@ def _depthwise_move(k):
     return k.transpose(2, 3, 0, 1).reshape(-1, 1, *k.shape[:2])
 
 
-def _depthwise(graph, layer, x, weights, _):
+def _depthwise(builder, layer, x, weights, _):
     (kernel,) = weights.values()
     shape = (kernel if isinstance(kernel, np.ndarray) else kernel.values).shape
-    inputs = [float_weight(graph, kernel, "kernel", _depthwise_move), *_bias(graph, layer)]
-    return graph.moved(
+    inputs = [float_weight(builder, kernel, "kernel", _depthwise_move), *_bias(builder, layer)]
+    return builder.moved(
         x, "Conv", inputs, group=shape[2], strides=_per_axis(layer.strides, 2),
         dilations=_per_axis(layer.dilation_rate, 2), **_padding(layer, layer.kernel_size),
     )  # fmt: skip
 
 
-def _separable(graph, layer, x, weights, middle):
+def _separable(builder, layer, x, weights, middle):
     kernel = weights["depthwise_kernel"]
     shape = (kernel if isinstance(kernel, np.ndarray) else kernel.values).shape
-    inputs = [float_weight(graph, kernel, "depthwise_kernel", _depthwise_move)]
-    x = graph.moved(
+    inputs = [float_weight(builder, kernel, "depthwise_kernel", _depthwise_move)]
+    x = builder.moved(
         x, "Conv", inputs, group=shape[2], strides=_per_axis(layer.strides, 2),
         dilations=_per_axis(layer.dilation_rate, 2), **_padding(layer, layer.kernel_size),
     )  # fmt: skip
     if middle is not None:
-        x = quantized_input(graph, x, middle)
-    pointwise = float_weight(graph, weights["pointwise_kernel"], "pointwise_kernel", lambda k: k.transpose(3, 2, 0, 1))
-    return graph.moved(x, "Conv", [pointwise, *_bias(graph, layer)])
+        x = quantized_input(builder, x, middle)
+    pointwise = float_weight(
+        builder, weights["pointwise_kernel"], "pointwise_kernel", lambda k: k.transpose(3, 2, 0, 1)
+    )
+    return builder.moved(x, "Conv", [pointwise, *_bias(builder, layer)])
 
 
-def _conv_transpose(graph, layer, x, weights, _):
+def _conv_transpose(builder, layer, x, weights, _):
     if layer.output_padding is not None or _per_axis(layer.dilation_rate, 2) != [1, 1]:
-        raise ValueError(f"Layer {graph.path!r} has output_padding or dilation, which has no ONNX form here.")
+        raise ValueError(f"Layer {builder.path!r} has output_padding or dilation, which has no ONNX form here.")
     (kernel,) = weights.values()
-    inputs = [float_weight(graph, kernel, "kernel", lambda k: k.transpose(3, 2, 0, 1)), *_bias(graph, layer)]
+    inputs = [float_weight(builder, kernel, "kernel", lambda k: k.transpose(3, 2, 0, 1)), *_bias(builder, layer)]
     strides = _per_axis(layer.strides, 2)
     # The output is as large as the input of the convolution that it is the gradient of.
     over = [k - s for k, s in zip(layer.kernel_size, strides)]
     before = [max(o, 0) // 2 if layer.padding == "same" else 0 for o in over]
     after = [max(o, 0) - b if layer.padding == "same" else 0 for o, b in zip(over, before)]
-    return graph.moved(
+    return builder.moved(
         x, "ConvTranspose", inputs, strides=strides, pads=[*before, *after], output_padding=[max(-o, 0) for o in over]
     )
 
 
-def _dense(graph, layer, x, weights, _):
+def _dense(builder, layer, x, weights, _):
     # Not MatMul, and not Gemm of the kernel as it is: onnxruntime makes MatMulNBits of them, which by default rounds
     # the inputs of INT4 weights to eight bits.
     if x.rank == 2:
-        kernel = float_weight(graph, weights["kernel"], "kernel", np.transpose)
-        return graph.plain(x, "Gemm", [kernel, *_bias(graph, layer)], transB=1)
-    kernel = float_weight(graph, weights["kernel"], "kernel")
+        kernel = float_weight(builder, weights["kernel"], "kernel", np.transpose)
+        return builder.plain(x, "Gemm", [kernel, *_bias(builder, layer)], transB=1)
+    kernel = float_weight(builder, weights["kernel"], "kernel")
     axes = "abcdefgh"[: x.rank - 1]
-    return _product(graph, layer, x, kernel, f"{axes}y,yz->{axes}z")
+    return _product(builder, layer, x, kernel, f"{axes}y,yz->{axes}z")
 
 
-def _einsum(graph, layer, x, weights, _):
+def _einsum(builder, layer, x, weights, _):
     equation = layer.equation.replace(" ", "")
     if "." in equation:
-        raise ValueError(f"Layer {graph.path!r} has the equation {equation!r}; write it without '...'.")
-    return _product(graph, layer, x, float_weight(graph, weights["kernel"], "kernel"), equation)
+        raise ValueError(f"Layer {builder.path!r} has the equation {equation!r}; write it without '...'.")
+    return _product(builder, layer, x, float_weight(builder, weights["kernel"], "kernel"), equation)
 
 
-def _product(graph, layer, x, kernel: str, equation: str):
-    name = graph.node("Einsum", [graph.last(x), kernel], equation=equation)
+def _product(builder, layer, x, kernel: str, equation: str):
+    name = builder.node("Einsum", [builder.last(x), kernel], equation=equation)
     result = Value(len(equation.split("->")[1]), last=name)
     bias = getattr(layer, "bias", None)
     if bias is None:
         return result
-    return Value(result.rank, last=graph.node("Add", [name, graph.constant(np.asarray(bias), "bias")]))
+    return Value(result.rank, last=builder.node("Add", [name, builder.constant(np.asarray(bias), "bias")]))
 
 
-# ---- layers without: (graph, layer, *inputs) -> value
+# ---- layers without: (builder, layer, *inputs) -> value
 
 
-def _norm(graph, layer, x):
+def _norm(builder, layer, x):
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
     if axis not in (-1, x.rank - 1):
-        raise ValueError(f"Layer {graph.path!r} normalizes axis {axis}; ONNX files take the last.")
+        raise ValueError(f"Layer {builder.path!r} normalizes axis {axis}; ONNX files take the last.")
     mean, variance = np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones_like(mean)
     beta = np.asarray(layer.beta) if layer.center else np.zeros_like(mean)
     named = {"gamma": gamma, "beta": beta, "mean": mean, "variance": variance}
-    inputs = [graph.constant(array, what) for what, array in named.items()]
-    return graph.moved(x, "BatchNormalization", inputs, epsilon=float(layer.epsilon))
+    inputs = [builder.constant(array, what) for what, array in named.items()]
+    return builder.moved(x, "BatchNormalization", inputs, epsilon=float(layer.epsilon))
 
 
-def _layer_norm(graph, layer, x):
+def _layer_norm(builder, layer, x):
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) and len(layer.axis) == 1 else layer.axis
     if axis not in (-1, x.rank - 1) or getattr(layer, "rms_scaling", False):
-        raise ValueError(f"Layer {graph.path!r} does not normalize the last axis only; it has no ONNX form here.")
+        raise ValueError(f"Layer {builder.path!r} does not normalize the last axis only; it has no ONNX form here.")
     size = int((layer.gamma if layer.scale else layer.beta).shape[0]) if layer.scale or layer.center else None
     if size is None:
-        raise ValueError(f"Layer {graph.path!r} has neither scale nor center; it has no ONNX form here.")
+        raise ValueError(f"Layer {builder.path!r} has neither scale nor center; it has no ONNX form here.")
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones(size, np.float32)
-    inputs = [graph.constant(gamma, "gamma")]
+    inputs = [builder.constant(gamma, "gamma")]
     if layer.center:
-        inputs.append(graph.constant(np.asarray(layer.beta), "beta"))
-    return graph.plain(x, "LayerNormalization", inputs, axis=-1, epsilon=float(layer.epsilon))
+        inputs.append(builder.constant(np.asarray(layer.beta), "beta"))
+    return builder.plain(x, "LayerNormalization", inputs, axis=-1, epsilon=float(layer.epsilon))
 
 
-def _of_one_rank(graph, layer, inputs) -> list[Value]:
+def _of_one_rank(builder, layer, inputs) -> list[Value]:
     """The inputs of a merging layer; those of a lower rank get axes behind that of examples, where Keras has them.
 
     Operators between tensors align their axes at the end, as ONNX does.
@@ -222,45 +225,49 @@ def _of_one_rank(graph, layer, inputs) -> list[Value]:
     if not isinstance(layer, _LAYERS.Layer):
         return list(inputs)
     return [
-        x if x.rank == rank else graph.plain(x, "Unsqueeze", [graph.constant(np.arange(1, 1 + rank - x.rank))], rank)
+        x
+        if x.rank == rank
+        else builder.plain(x, "Unsqueeze", [builder.constant(np.arange(1, 1 + rank - x.rank))], rank)
         for x in inputs
     ]
 
 
 def _merge(operation, keeps_sign=True):
-    def convert(graph, layer, *inputs):
+    def convert(builder, layer, *inputs):
         def make(name, *others):
             for other in others:
-                name = graph.node(operation, [name, other])
+                name = builder.node(operation, [name, other])
             return name
 
-        return graph.each(
-            _of_one_rank(graph, layer, inputs), make, keeps_sign and all(v.is_nonnegative for v in inputs)
+        return builder.each(
+            _of_one_rank(builder, layer, inputs), make, keeps_sign and all(v.is_nonnegative for v in inputs)
         )
 
     return convert
 
 
-def _average(graph, layer, *inputs):
+def _average(builder, layer, *inputs):
     is_nonnegative = all(v.is_nonnegative for v in inputs)
-    return graph.each(_of_one_rank(graph, layer, inputs), lambda *names: graph.node("Mean", names), is_nonnegative)
+    return builder.each(
+        _of_one_rank(builder, layer, inputs), lambda *names: builder.node("Mean", names), is_nonnegative
+    )
 
 
-def _concatenate(graph, layer, *inputs):
+def _concatenate(builder, layer, *inputs):
     rank = inputs[0].rank
     axis = layer.axis % rank
     moved = rank > 2 and all(v.first is not None for v in inputs)
     if moved:
         axis = {0: 0, rank - 1: 1}.get(axis, axis + 1)
-    names = [graph.first(v) if moved else graph.last(v) for v in inputs]
-    made = {"first" if moved else "last": graph.node("Concat", names, axis=axis)}
+    names = [builder.first(v) if moved else builder.last(v) for v in inputs]
+    made = {"first" if moved else "last": builder.node("Concat", names, axis=axis)}
     return Value(rank, **made, is_nonnegative=all(v.is_nonnegative for v in inputs))
 
 
 def _pool(operation, **attributes):
-    def convert(graph, layer, x):
+    def convert(builder, layer, x):
         sizes = _per_axis(layer.pool_size, x.rank - 2)
-        made = graph.moved(
+        made = builder.moved(
             x, operation, kernel_shape=sizes, strides=_per_axis(layer.strides, x.rank - 2), **_padding(layer, sizes),
             **attributes,
         )  # fmt: skip
@@ -270,79 +277,79 @@ def _pool(operation, **attributes):
 
 
 def _global_pool(operation):
-    def convert(graph, layer, x):
-        axes = graph.constant(np.arange(1, x.rank - 1))
+    def convert(builder, layer, x):
+        axes = builder.constant(np.arange(1, x.rank - 1))
         rank = x.rank if layer.keepdims else 2
-        made = graph.plain(x, operation, [axes], rank=rank, keepdims=int(layer.keepdims))
+        made = builder.plain(x, operation, [axes], rank=rank, keepdims=int(layer.keepdims))
         return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
     return convert
 
 
-def _same(graph, layer, x):
+def _same(builder, layer, x):
     return x
 
 
-def _reshape(graph, layer, x):
+def _reshape(builder, layer, x):
     sizes = np.array([0, *layer.target_shape], np.int64)  # 0: as in the input
-    made = graph.plain(x, "Reshape", [graph.constant(sizes)], rank=len(sizes))
+    made = builder.plain(x, "Reshape", [builder.constant(sizes)], rank=len(sizes))
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _flatten(graph, layer, x):
-    made = graph.plain(x, "Flatten", rank=2, axis=1)
+def _flatten(builder, layer, x):
+    made = builder.plain(x, "Flatten", rank=2, axis=1)
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _permute(graph, layer, x):
-    return graph.plain(x, "Transpose", perm=[0, *layer.dims])
+def _permute(builder, layer, x):
+    return builder.plain(x, "Transpose", perm=[0, *layer.dims])
 
 
-def _zero_padding(graph, layer, x):
+def _zero_padding(builder, layer, x):
     pads = layer.padding if isinstance(layer.padding[0], (tuple, list)) else [layer.padding]
     before, after = zip(*pads)
     sizes = np.array([0, *before, 0, 0, *after, 0], np.int64)
-    made = graph.plain(x, "Pad", [graph.constant(sizes)])
+    made = builder.plain(x, "Pad", [builder.constant(sizes)])
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _cropping(graph, layer, x):
+def _cropping(builder, layer, x):
     crops = layer.cropping if isinstance(layer.cropping[0], (tuple, list)) else [layer.cropping]
     starts = np.array([before for before, _ in crops], np.int64)
     ends = np.array([-after if after else np.iinfo(np.int64).max for _, after in crops], np.int64)
     axes = np.arange(1, 1 + len(crops))
-    return graph.plain(x, "Slice", [graph.constant(array) for array in (starts, ends, axes)])
+    return builder.plain(x, "Slice", [builder.constant(array) for array in (starts, ends, axes)])
 
 
-def _up_sampling(graph, layer, x):
+def _up_sampling(builder, layer, x):
     if layer.interpolation != "nearest":
-        raise ValueError(f"Layer {graph.path!r} interpolates {layer.interpolation!r}; ONNX files take 'nearest'.")
-    scales = graph.constant(np.array([1, 1, *layer.size], np.float32))
-    made = graph.moved(
+        raise ValueError(f"Layer {builder.path!r} interpolates {layer.interpolation!r}; ONNX files take 'nearest'.")
+    scales = builder.constant(np.array([1, 1, *layer.size], np.float32))
+    made = builder.moved(
         x, "Resize", ["", scales], mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
     )
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _rescaling(graph, layer, x):
-    scale, offset = (graph.constant(np.asarray(v, np.float32)) for v in (layer.scale, layer.offset))
-    return Value(x.rank, last=graph.node("Add", [graph.node("Mul", [graph.last(x), scale]), offset]))
+def _rescaling(builder, layer, x):
+    scale, offset = (builder.constant(np.asarray(v, np.float32)) for v in (layer.scale, layer.offset))
+    return Value(x.rank, last=builder.node("Add", [builder.node("Mul", [builder.last(x), scale]), offset]))
 
 
-def _leaky(graph, layer, x):
+def _leaky(builder, layer, x):
     slope = layer.negative_slope if hasattr(layer, "negative_slope") else layer.alpha
-    return graph.each([x], lambda name: graph.node("LeakyRelu", [name], alpha=float(slope)))
+    return builder.each([x], lambda name: builder.node("LeakyRelu", [name], alpha=float(slope)))
 
 
-def _prelu(graph, layer, x):
-    slope = graph.constant(np.asarray(layer.alpha), "alpha")
-    return Value(x.rank, last=graph.node("PRelu", [graph.last(x), slope]))
+def _prelu(builder, layer, x):
+    slope = builder.constant(np.asarray(layer.alpha), "alpha")
+    return Value(x.rank, last=builder.node("PRelu", [builder.last(x), slope]))
 
 
-def _softmax(graph, layer, x):
+def _softmax(builder, layer, x):
     if not isinstance(layer.axis, int):
-        raise ValueError(f"Layer {graph.path!r} is a softmax over several axes, which has no ONNX form here.")
-    return dataclasses.replace(graph.plain(x, "Softmax", axis=layer.axis), is_nonnegative=True)
+        raise ValueError(f"Layer {builder.path!r} is a softmax over several axes, which has no ONNX form here.")
+    return dataclasses.replace(builder.plain(x, "Softmax", axis=layer.axis), is_nonnegative=True)
 
 
 # Operators between tensors, which Keras 3 has in place of layers, by the name of their class.
@@ -375,11 +382,11 @@ CONVERTERS = {
     _LAYERS.GlobalAveragePooling1D: _global_pool("ReduceMean"),
     _LAYERS.GlobalAveragePooling2D: _global_pool("ReduceMean"),
     _LAYERS.ReLU: _relu,
-    _LAYERS.Activation: lambda graph, layer, x: activation(graph, layer.activation, x),
+    _LAYERS.Activation: lambda builder, layer, x: activation(builder, layer.activation, x),
     _LAYERS.LeakyReLU: _leaky,
     _LAYERS.PReLU: _prelu,
-    _LAYERS.ELU: lambda graph, layer, x: graph.each(
-        [x], lambda name: graph.node("Elu", [name], alpha=float(layer.alpha))
+    _LAYERS.ELU: lambda builder, layer, x: builder.each(
+        [x], lambda name: builder.node("Elu", [name], alpha=float(layer.alpha))
     ),
     _LAYERS.Softmax: _softmax,
     _LAYERS.Flatten: _flatten,

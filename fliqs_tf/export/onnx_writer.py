@@ -1,7 +1,7 @@
 """A deployed model to an ONNX file; `onnx_formats` says what each format becomes.
 
 The file is made from the layers, not from a graph of TensorFlow operations: converters of those see the arithmetic of
-the rounding kernel, and not that it means QuantizeLinear.
+the rounding function, and not that it means QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
 from fliqs_tf.export.onnx_formats import quantized_input
-from fliqs_tf.export.onnx_graph import Graph, Value, import_onnx
+from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.export.onnx_layers import CONVERTERS, FUNCTIONS, activation
 from fliqs_tf.graph import dataflow, layer_types
 from fliqs_tf.io import files
@@ -52,41 +52,41 @@ def takes(layer) -> bool:
 def _model(final):
     helper, proto = import_onnx().helper, import_onnx().TensorProto
     network = dataflow.read(final)
-    graph = Graph()
+    builder = OnnxBuilder()
     values, inputs = {}, []
     for value, name, shape, dtype in network.inputs:
         if dtype != "float32":
             raise ValueError(f"Model {final.name!r} has the input {name!r} of {dtype}; ONNX files take float32.")
-        name = graph.name(name)
+        name = builder.name(name)
         inputs.append(helper.make_tensor_value_info(name, proto.FLOAT, ["batch", *shape]))
         values[value] = Value(1 + len(shape), last=name)
     for call in network.calls:
-        graph.path = call.path
-        values[call.output] = _converted(graph, call, [values[v] for v in call.inputs])
+        builder.path = call.path
+        values[call.output] = _converted(builder, call, [values[v] for v in call.inputs])
     outputs = []
     for value, name in zip(network.outputs, network.output_names):
-        graph.path = ""
+        builder.path = ""
         # Under its own name, also where an input or one tensor twice is given out.
-        made = graph.last(values[value])
-        name = graph.name(name)
-        graph.nodes.append(helper.make_node("Identity", [made], [name], name=f"{name}/Identity"))
+        made = builder.last(values[value])
+        name = builder.name(name)
+        builder.nodes.append(helper.make_node("Identity", [made], [name], name=f"{name}/Identity"))
         outputs.append(helper.make_tensor_value_info(name, proto.FLOAT, [None] * values[value].rank))
-    made = helper.make_graph(graph.nodes, final.name, inputs, outputs, list(graph.constants.values()))
-    model = helper.make_model(made, producer_name="fliqs_tf", opset_imports=[helper.make_opsetid("", graph.opset)])
-    model.ir_version = graph.ir_version
+    made = helper.make_graph(builder.nodes, final.name, inputs, outputs, list(builder.constants.values()))
+    model = helper.make_model(made, producer_name="fliqs_tf", opset_imports=[helper.make_opsetid("", builder.opset)])
+    model.ir_version = builder.ir_version
     helper.set_model_props(model, {"fliqs_tf.recipe": json.dumps(deployed.recipe(final).to_dict())})
     import_onnx().checker.check_model(model)
     return model
 
 
-def _converted(graph: Graph, call: dataflow.Call, inputs: list[Value]) -> Value:
+def _converted(builder: OnnxBuilder, call: dataflow.Call, inputs: list[Value]) -> Value:
     layer = call.layer
     inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
     convert = CONVERTERS.get(type(inner))
     if convert is None and call.constants == () and not isinstance(inner, _LAYERS.Layer):
         convert = FUNCTIONS.get(type(inner).__name__)  # x + y under Keras 3
     if isinstance(layer, ActivationQuantizer):
-        return quantized_input(graph, inputs[0], layer)
+        return quantized_input(builder, inputs[0], layer)
     if convert is None or call.constants:
         known = sorted({kind.__name__ for kind in CONVERTERS})
         raise ValueError(
@@ -98,14 +98,14 @@ def _converted(graph: Graph, call: dataflow.Call, inputs: list[Value]) -> Value:
     if getattr(inner, "data_format", "channels_last") == "channels_first":
         raise ValueError(f"Layer {call.path!r} has channels first; give a model with channels last.")
     if not layer_types.kernels(inner):
-        return convert(graph, inner, *inputs)
+        return convert(builder, inner, *inputs)
     weights = {k.attribute: np.asarray(getattr(inner, k.attribute), np.float32) for k in layer_types.kernels(inner)}
     (x,) = inputs
     middle = None
     if isinstance(layer, Quantized):
         weights = deployed.quantized_weights(call.path, layer)
         if layer.activation_quantizer is not None:
-            x = quantized_input(graph, x, layer.activation_quantizer)
+            x = quantized_input(builder, x, layer.activation_quantizer)
         middle = layer.middle_quantizer
-    result = convert(graph, inner, x, weights, middle)
-    return activation(graph, inner.activation, result)
+    result = convert(builder, inner, x, weights, middle)
+    return activation(builder, inner.activation, result)

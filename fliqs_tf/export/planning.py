@@ -34,7 +34,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SupportTable:
     """What a target does with every layer.
 
     Attributes:
@@ -47,7 +47,7 @@ class Plan:
     rows: tuple[Row, ...]
 
     @property
-    def obstacles(self) -> tuple[Row, ...]:
+    def unsupported(self) -> tuple[Row, ...]:
         """The rows that cannot run."""
         return tuple(row for row in self.rows if row.run.how == CANNOT)
 
@@ -59,7 +59,7 @@ class Plan:
         return "\n".join([lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:]])
 
 
-def plan(recipe_or_model, target: str | os.PathLike | Profile) -> Plan:
+def plan(recipe_or_model, target: str | os.PathLike | Profile) -> SupportTable:
     """What a target will do with every layer: native, emulated and how, or cannot and why.
 
     Args:
@@ -68,7 +68,7 @@ def plan(recipe_or_model, target: str | os.PathLike | Profile) -> Plan:
       target: "tflite", "onnx", "packed"; or a hardware profile: a `Profile`, the name of a shipped one, or a path.
 
     Returns:
-      A `Plan`: print it, or look at its `rows` and `obstacles`.
+      A `SupportTable`: print it, or look at its `rows` and `unsupported`.
 
     Raises:
       TypeError: Neither a recipe nor a model.
@@ -88,10 +88,10 @@ def plan(recipe_or_model, target: str | os.PathLike | Profile) -> Plan:
 
     name = profile.name if profile is not None else target
     if isinstance(recipe_or_model, Recipe):
-        return Plan(name, tuple(_rows_of_recipe(recipe_or_model, run)))
+        return SupportTable(name, tuple(_rows_of_recipe(recipe_or_model, run)))
     if not isinstance(recipe_or_model, keras.layers.Layer):
         raise TypeError(f"A plan is made for a recipe or a tf.keras model, got {type(recipe_or_model).__name__}.")
-    return Plan(name, tuple(_rows_of_model(recipe_or_model, run, target if of_file else None)))
+    return SupportTable(name, tuple(_rows_of_model(recipe_or_model, run, target if of_file else None)))
 
 
 def _rows_of_recipe(recipe: Recipe, run):
@@ -108,7 +108,7 @@ def _rows_of_recipe(recipe: Recipe, run):
 def _rows_of_model(model, run, target: str | None):
     network = getattr(model, "network", model)
     for path, layer in walking.walk(network):
-        inner = walking.inside(layer)
+        inner = walking.unwrapped(layer)
         kind = type(inner).__name__
         reason = _why_no_file(path, layer, target)
         if not layer_types.kernels(inner):
@@ -135,7 +135,7 @@ def _choices(layer) -> list[tuple[str, str]]:
 def _why_no_file(path: str, layer, target: str | None) -> str:
     """Why a file target has no form for a layer, whatever its formats; "" if it has."""
     if target == "onnx" and not onnx_writer.takes(layer):
-        return f"no ONNX form for {type(walking.inside(layer)).__name__}; fliqs_tf.export.packed takes any layer"
+        return f"no ONNX form for {type(walking.unwrapped(layer)).__name__}; fliqs_tf.export.packed takes any layer"
     if target == "tflite":
         return lowering.why_not(path, layer)
     return ""

@@ -30,8 +30,8 @@ def test_of_a_recipe():
         ("c", "E4M3", "E4M3"): "cannot",
         ("d", "FP32", "FP32"): "native",
     }
-    assert [row.layer for row in export.plan(recipe, "tflite").obstacles] == ["c"]
-    assert export.plan(recipe, "packed").obstacles == ()
+    assert [row.layer for row in export.plan(recipe, "tflite").unsupported] == ["c"]
+    assert export.plan(recipe, "packed").unsupported == ()
     weights = fliqs_tf.Recipe({"a": "INT4"}, "weights")
     assert table(export.plan(weights, "tflite")) == {("a", "INT4", "FP32"): "emulated"}
     apart = fliqs_tf.Recipe({"a/weights": "E3M2", "a/activations": "E4M3"}, "separate")
@@ -82,7 +82,7 @@ def test_of_a_hardware_profile():
     plan = export.plan(recipe, "nvidia_h100_sxm")
     assert table(plan) == {("a", "E4M3", "E4M3"): "native", ("b", "E3M2", "E3M2"): "cannot"}
     assert plan.target == fliqs_tf.Profile.load("nvidia_h100_sxm").name
-    assert plan.obstacles[0].run.why.startswith("It has no E3M2 weights, only")
+    assert plan.unsupported[0].run.why.startswith("It has no E3M2 weights, only")
     assert export.plan(recipe, fliqs_tf.Profile.load("nvidia_h100_sxm")) == plan
 
 
@@ -113,7 +113,7 @@ def dense():
 def test_a_search_for_a_target_leaves_out_what_does_not_run_there():
     assert fliqs_tf.wrap(dense(), "MIXED", target="tflite").decisions[0].options == ("INT4", "INT8")
     assert fliqs_tf.wrap(dense(), ["E3M2", "E4M3", "INT8"], target="onnx").decisions[0].options == ("E4M3", "INT8")
-    with pytest.raises(ValueError, match="Nothing of the menu E3M2, E2M3 runs on onnx"):
+    with pytest.raises(ValueError, match="None of the formats E3M2, E2M3 runs on onnx"):
         fliqs_tf.wrap(dense(), ["E3M2", "E2M3"], target="onnx")
     with pytest.raises(ValueError, match="None of E2M1, E4M3 has integer kernels"):
         fliqs_tf.wrap(dense(), ["E2M1", "E4M3"], target="tflite")

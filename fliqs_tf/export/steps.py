@@ -1,4 +1,4 @@
-"""The steps of an integer network, as data: operations on values, grids of codes, kernels with their biases."""
+"""The steps of an integer network, as data: operations on values, scales of codes, kernels with their biases."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class ActivationScale:
     """The values of a quantized activation: scale * code, |code| <= largest.
 
     Attributes:
@@ -59,17 +59,17 @@ class Grid:
 
     @property
     def scale(self) -> np.float32:
-        """amax / largest, as the rounding kernel computes it."""
+        """amax / largest, as the rounding function computes it."""
         # A tensor that is always 0 has no range; LiteRT wants 6 / scale to be an int32.
         return np.maximum(deployed.scale_of(self.amax, self.format), np.float32(2.0**-27))[()]
 
     @property
     def spread(self) -> int:
-        """How many times finer than the format's the steps of the int8 codes are that carry it, see export_tflite."""
+        """How many times finer than the format's the steps of the int8 codes are that hold it, see export_tflite."""
         return 127 // self.largest
 
     @property
-    def carried_scale(self) -> np.float32:
+    def int8_scale(self) -> np.float32:
         """What one int8 code is worth."""
         return self.scale / np.float32(self.spread)
 
@@ -106,7 +106,7 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class Graph:
+class IntegerNetwork:
     """Steps in the order of execution; inputs and outputs as in `dataflow.Dataflow`."""
 
     inputs: tuple[tuple[int, str, tuple, str], ...]

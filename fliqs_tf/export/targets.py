@@ -96,12 +96,12 @@ def _is_part_of(fmt: Format, other: Format) -> bool:
 
 def _onnx(weights: Format, inputs: Format, kind: str | None) -> Run:
     said = []
-    for fmt, carrier, what in ((weights, onnx_weights(weights), "weights"), (inputs, onnx_inputs(inputs), "inputs")):
-        if carrier is None:
+    for fmt, storage, what in ((weights, onnx_weights(weights), "weights"), (inputs, onnx_inputs(inputs), "inputs")):
+        if storage is None:
             return Run(CANNOT, f"ONNX has no type for {what} in {fmt}; fliqs_tf.export.packed writes any format")
-        if carrier != fmt.name:
+        if storage != fmt.name:
             said.append(
-                f"{what} in {ONNX_TYPES[carrier]}" + (f", cut off where {fmt} ends" if what == "inputs" else "")
+                f"{what} in {ONNX_TYPES[storage]}" + (f", cut off where {fmt} ends" if what == "inputs" else "")
             )
     if said:
         return Run(EMULATED, "; ".join(said))
@@ -139,8 +139,8 @@ def runs(weights: Format | str, inputs: Format | str, target: str, kind: str | N
     return _TABLE[target](Format(weights), Format(inputs), kind)
 
 
-def menu(space: Space | str | Sequence, target: str, tensors: str = "together") -> Space:
-    """What of a menu a target runs, natively or emulated.
+def supported_formats(space: Space | str | Sequence, target: str, tensors: str = "together") -> Space:
+    """The formats of a space that a target runs, natively or emulated.
 
     Args:
       space: Anything that `Space` takes.
@@ -148,11 +148,11 @@ def menu(space: Space | str | Sequence, target: str, tensors: str = "together") 
       tensors: As for `fliqs_tf.wrap`: what else has the format.
 
     Raises:
-      ValueError: Unknown target, or nothing of the menu runs there.
+      ValueError: Unknown target, or none of the formats runs there.
     """
     formats = Space(space).formats
     kept = [f for f in formats if runs(f, "FP32" if tensors == "weights" else f, target).how != CANNOT]
     if not kept:
         reason = runs(formats[0], "FP32" if tensors == "weights" else formats[0], target).why
-        raise ValueError(f"Nothing of the menu {', '.join(f.name for f in formats)} runs on {target}: {reason}.")
+        raise ValueError(f"None of the formats {', '.join(f.name for f in formats)} runs on {target}: {reason}.")
     return Space(kept)

@@ -74,14 +74,14 @@ def test_a_type_that_carries_weights_has_all_their_values(name):
     assert targets.onnx_weights(Format(name)) == (name if name == "E2M1" else has[0] if has else None)
 
 
-def test_menus():
-    assert targets.menu("MIXED", "tflite").names == ("INT4", "INT8", "BF16")
-    assert targets.menu("MIXED", "onnx").names == fliqs_tf.Space("MIXED").names
-    assert targets.menu(["E3M2", "E4M3"], "onnx").names == ("E4M3",)
-    assert targets.menu(["E3M2", "E4M3"], "onnx", "weights").names == ("E3M2", "E4M3")
+def test_supported_formats():
+    assert targets.supported_formats("MIXED", "tflite").names == ("INT4", "INT8", "BF16")
+    assert targets.supported_formats("MIXED", "onnx").names == fliqs_tf.Space("MIXED").names
+    assert targets.supported_formats(["E3M2", "E4M3"], "onnx").names == ("E4M3",)
+    assert targets.supported_formats(["E3M2", "E4M3"], "onnx", "weights").names == ("E3M2", "E4M3")
     with pytest.raises(
-        ValueError, match="Nothing of the menu E2M1, E4M3 runs on tflite: TFLite has no kernels for E2M1"
+        ValueError, match="None of the formats E2M1, E4M3 runs on tflite: TFLite has no kernels for E2M1"
     ):
-        targets.menu(["E2M1", "E4M3"], "tflite")
+        targets.supported_formats(["E2M1", "E4M3"], "tflite")
     with pytest.raises(ValueError, match="Unknown target 'coreml'; known: tflite, onnx, packed"):
         targets.runs("INT8", "INT8", "coreml")

@@ -2,7 +2,7 @@
 
     graph = TfliteFile()
     x = graph.tensor("x", (1, 8), np.float32)
-    y = graph.tensor("y", (1, 8), np.int8, Grid(0.1))
+    y = graph.tensor("y", (1, 8), np.int8, QuantizationParameters(0.1))
     graph.operation("QUANTIZE", [x], [y])
     data = graph.to_bytes([x], [y], "an example")
 
@@ -47,7 +47,7 @@ _ALIGNMENT = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class QuantizationParameters:
     """What the codes of an integer tensor mean: value = scale * (code - zero_point).
 
     Attributes:
@@ -69,14 +69,16 @@ class TfliteFile:
         self.operations: list[tuple] = []
         self._names: set[str] = set()
 
-    def tensor(self, name: str, shape, dtype, grid: Grid | None = None, data: np.ndarray | None = None) -> int:
+    def tensor(
+        self, name: str, shape, dtype, parameters: QuantizationParameters | None = None, data: np.ndarray | None = None
+    ) -> int:
         """Adds a tensor.
 
         Args:
           name: For people; made unique.
           shape: Of an example batch; -1 or None in front for an open batch size.
           dtype: numpy type, or "int4" (data: codes of -7..7).
-          grid: Meaning of the codes.
+          parameters: Meaning of the codes.
           data: Values of a constant.
 
         Returns:
@@ -87,7 +89,7 @@ class TfliteFile:
             unique, count = f"{name}_{count}", count + 1
         self._names.add(unique)
         key = dtype if dtype == "int4" else np.dtype(dtype)
-        self.tensors.append((unique, tuple(shape), key, grid, data))
+        self.tensors.append((unique, tuple(shape), key, parameters, data))
         return len(self.tensors) - 1
 
     def operation(self, name: str, inputs: list[int], outputs: list[int], **options) -> None:
@@ -110,8 +112,8 @@ class TfliteFile:
         model = schema.ModelT()
         model.version, model.description, model.subgraphs = 3, description, [graph]
         model.buffers, model.operatorCodes = [schema.BufferT()], []  # buffer 0 is the empty one
-        for name, shape, dtype, grid, data in self.tensors:
-            graph.tensors.append(self._tensor(schema, model, name, shape, dtype, grid, data))
+        for name, shape, dtype, parameters, data in self.tensors:
+            graph.tensors.append(self._tensor(schema, model, name, shape, dtype, parameters, data))
         operator_codes: dict[tuple, int] = {}
         for name, ins, outs, options in self.operations:
             version, options_class = _OPERATIONS[name]
@@ -151,18 +153,18 @@ class TfliteFile:
             found.append(entry)
         return found
 
-    def _tensor(self, schema, model, name, shape, dtype, grid, data):
+    def _tensor(self, schema, model, name, shape, dtype, parameters, data):
         tensor = schema.TensorT()
         tensor.name, tensor.type = name, getattr(schema.TensorType, _TYPES[dtype])
         tensor.shape = [1 if n in (None, -1) else int(n) for n in shape]
         if shape and shape[0] in (None, -1):
             tensor.shapeSignature = [-1, *tensor.shape[1:]]
-        if grid is not None:
+        if parameters is not None:
             quantization = schema.QuantizationParametersT()
-            scales = np.atleast_1d(np.asarray(grid.scale, np.float32))
+            scales = np.atleast_1d(np.asarray(parameters.scale, np.float32))
             quantization.scale = scales
-            quantization.zeroPoint = np.full(scales.shape, grid.zero_point, np.int64)
-            quantization.quantizedDimension = grid.axis if scales.size > 1 else 0
+            quantization.zeroPoint = np.full(scales.shape, parameters.zero_point, np.int64)
+            quantization.quantizedDimension = parameters.axis if scales.size > 1 else 0
             tensor.quantization = quantization
         tensor.buffer = 0
         if data is not None:

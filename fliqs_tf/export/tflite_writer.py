@@ -21,9 +21,9 @@ import os
 import numpy as np
 
 from fliqs_tf._keras import check_model
-from fliqs_tf.export import boundaries, lowering, tflite_file, tflite_kernels
-from fliqs_tf.export.steps import Graph, Grid, Linear, Step, ones
-from fliqs_tf.export.tflite_file import TfliteFile
+from fliqs_tf.export import boundaries, lowering, tflite_kernels
+from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step, ones
+from fliqs_tf.export.tflite_file import QuantizationParameters, TfliteFile
 from fliqs_tf.graph import rewriting
 from fliqs_tf.io import batches, files
 from fliqs_tf.layers import requantize
@@ -47,10 +47,9 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         convolutions: LiteRT's own are slower and round twice. False: one to a byte, faster and exact, twice the size.
 
     Returns:
-      The Keras model that the file computes: `final` with its carriers (`fliqs_tf.export.boundaries`), biases as int32
-        can hold
-      them, and the rounding of the kernels that round in a way of their own. `check` of it shows whether the file is
-      right; `check` of `final` what the way to the file has cost.
+      The Keras model that the file computes: `final` with boundary quantizers (`fliqs_tf.export.boundaries`), biases as
+        int32 can hold them, and the rounding of the kernels that round in a way of their own. `check` of it shows
+        whether the file is right; `check` of `final` what the way to the file has cost.
 
     Raises:
       TypeError: The model is of the other Keras, or `representative` something else than examples.
@@ -63,39 +62,39 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    model = boundaries.with_carriers(rewriting.without(final, requantize.ROUNDINGS))
+    model = boundaries.with_boundary_quantizers(rewriting.without(final, requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, model, "representative")
     boundaries.calibrate(model, examples and (batch.x for batch in examples.in_order(_BATCH)))
-    lowering.settle(model)
+    lowering.round_biases(model)
     writer = _Writer(lowering.steps(model), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return requantize.behind(model, writer.roundings)
+    return requantize.insert(model, writer.roundings)
 
 
 def as_shipped(model):
-    """A copy of a trained model with carriers that computes what its file will: see what `tflite` returns."""
-    model = boundaries.with_carriers(model)
-    lowering.settle(model)
+    """A copy of a trained model with boundary quantizers, computing what its file will: what `tflite` returns."""
+    model = boundaries.with_boundary_quantizers(model)
+    lowering.round_biases(model)
     writer = _Writer(lowering.steps(model), int4=True)
     writer.run()
-    return requantize.behind(model, writer.roundings)
+    return requantize.insert(model, writer.roundings)
 
 
 class _Writer:
     """Turns steps into tensors and operations."""
 
-    def __init__(self, graph: Graph, int4: bool):
-        self.graph, self.int4 = graph, int4
+    def __init__(self, network: IntegerNetwork, int4: bool):
+        self.network, self.int4 = network, int4
         # Last call of a step -> class and state of what rounds behind it; several in a network that is called several
         # times. Of a separable convolution's two kernels the second one's: there is no place between them.
         self.roundings: dict[tuple[str, int], list[tuple[type, dict]]] = {}
         self.file = TfliteFile()
-        self.readers = graph.readers()
+        self.readers = network.readers()
         self.floats: dict[int, int] = {}  # value -> float32 tensor
         self.in_float: set[int] = set()  # values that are made in float32
-        self.codes: dict[int, dict[Grid, int]] = {}  # value -> int8 tensor by grid
+        self.codes: dict[int, dict[ActivationScale, int]] = {}  # value -> int8 tensor by scale
         self.shapes: dict[int, tuple] = {}
         self.names: dict[int, str] = {}  # value -> the layer that makes it
         self.constants: dict[tuple, int] = {}
@@ -107,27 +106,27 @@ class _Writer:
     def run(self) -> tuple[list[int], list[int]]:
         """Writes every step; gives the tensors of inputs and outputs."""
         inputs = []
-        for value, name, shape, dtype in self.graph.inputs:
+        for value, name, shape, dtype in self.network.inputs:
             if dtype != "float32":
                 raise ValueError(f"The input {name!r} is {dtype}; TFLite export takes float32 inputs.")
             if None in shape:
                 raise ValueError(f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes.")
             self.shapes[value], self.names[value] = shape, name
             inputs.append(self.new_float(value, name))
-        for step in self.graph.steps:
+        for step in self.network.steps:
             self.shapes[step.output] = step.shapes[-1]
             self.names[step.output] = step.path.removesuffix(boundaries.SUFFIX)
             self.write(step)
-        return inputs, [self.as_float(value) for value in self.graph.outputs]
+        return inputs, [self.as_float(value) for value in self.network.outputs]
 
     # ---- values as tensors
 
     def as_float(self, value: int) -> int:
         """The float32 tensor of a value."""
         if value not in self.floats:
-            (grid,) = list(self.codes[value])[:1]
+            (activation_scale,) = list(self.codes[value])[:1]
             tensor = self.file.tensor(self.names[value], (-1, *self.shapes[value]), np.float32)
-            self.file.operation("DEQUANTIZE", [self.codes[value][grid]], [tensor])
+            self.file.operation("DEQUANTIZE", [self.codes[value][activation_scale]], [tensor])
             self.floats[value] = tensor
         return self.floats[value]
 
@@ -137,82 +136,88 @@ class _Writer:
         self.floats[value] = self.file.tensor(name, (-1, *self.shapes[value]), np.float32)
         return self.floats[value]
 
-    def as_codes(self, value: int, grid: Grid) -> int:
-        """The int8 tensor of a value on a grid."""
-        if grid not in self.codes.setdefault(value, {}):
-            # From another grid by way of float: LiteRT's own step between two int8 tensors is off in 3 of 100 values.
+    def as_codes(self, value: int, activation_scale: ActivationScale) -> int:
+        """The int8 tensor of a value at a scale."""
+        if activation_scale not in self.codes.setdefault(value, {}):
+            # From another scale by way of float: LiteRT's own step between two int8 tensors is off in 3 of 100 values.
             before = self.given(value)
             fits = before is not None and before.amax * np.float32(_LARGEST + 1) / before.largest < (
-                (grid.largest + 0.49) * grid.scale
+                (activation_scale.largest + 0.49) * activation_scale.scale
             )
-            raw = self._raw(value, grid, "clipped" if fits else "float")
+            raw = self._raw(value, activation_scale, "clipped" if fits else "float")
             self.file.operation("QUANTIZE", [self.as_float(value)], [raw[0]])
-            self._finish(value, grid, raw)
-        return self.codes[value][grid]
+            self._finish(value, activation_scale, raw)
+        return self.codes[value][activation_scale]
 
-    def new_codes(self, value: int, grid: Grid, activation: str) -> tuple[int, tflite_file.Grid, list]:
+    def new_codes(
+        self, value: int, activation_scale: ActivationScale, activation: str
+    ) -> tuple[int, QuantizationParameters, list]:
         """A tensor for a kernel to write a value's codes to.
 
         Returns:
-          Its index, its meaning, and what `finish` needs.
+          Its index, its parameters, and what `finish` needs.
         """
-        raw = self._raw(value, grid, activation)
+        raw = self._raw(value, activation_scale, activation)
         return raw[0], raw[1], raw
 
-    def _raw(self, value, grid, activation):
-        """(tensor, meaning of its codes, zero points still to go through)."""
-        m = grid.largest
+    def _raw(self, value, activation_scale, activation):
+        """(tensor, parameters of its codes, zero points still to go through)."""
+        m = activation_scale.largest
         if m == _LARGEST or activation == "clipped":
             zero_points = [0]
         elif activation in ("relu", "relu6"):
             zero_points = [_LARGEST - m]
         else:
             zero_points = [_LARGEST - m, m - _LARGEST - 1]
-        meaning = tflite_file.Grid(grid.scale, zero_points[0])
-        return self._int8(value, meaning), meaning, zero_points[1:]
+        parameters = QuantizationParameters(activation_scale.scale, zero_points[0])
+        return self._int8(value, parameters), parameters, zero_points[1:]
 
-    def _finish(self, value, grid, raw) -> None:
+    def _finish(self, value, activation_scale, raw) -> None:
         """From what the kernel wrote to the codes that all readers take."""
         tensor, _, zero_points = raw
-        last = [tflite_file.Grid(grid.scale, z) for z in zero_points]
-        if grid.spread > 1:
-            last.append(self.meaning(grid))
-        for meaning in last:
-            following = self._int8(value, meaning)
+        last = [QuantizationParameters(activation_scale.scale, z) for z in zero_points]
+        if activation_scale.spread > 1:
+            last.append(self.parameters(activation_scale))
+        for parameters in last:
+            following = self._int8(value, parameters)
             self.file.operation("QUANTIZE", [tensor], [following])
             tensor = following
-        self.codes.setdefault(value, {})[grid] = tensor
+        self.codes.setdefault(value, {})[activation_scale] = tensor
 
-    def _int8(self, value, meaning: tflite_file.Grid) -> int:
-        return self.file.tensor(f"codes_{value}", (-1, *self.shapes[value]), np.int8, meaning)
+    def _int8(self, value, parameters: QuantizationParameters) -> int:
+        return self.file.tensor(f"codes_{value}", (-1, *self.shapes[value]), np.int8, parameters)
 
     @staticmethod
-    def meaning(grid: Grid) -> tflite_file.Grid:
+    def parameters(activation_scale: ActivationScale) -> QuantizationParameters:
         """What the codes of `as_codes` mean."""
-        return tflite_file.Grid(grid.carried_scale)
+        return QuantizationParameters(activation_scale.int8_scale)
 
-    def wanted(self, value: int) -> Grid | None:
-        """The grid that all readers of a value want its codes on; None if there is not exactly one."""
-        if value in self.graph.outputs:
+    def wanted(self, value: int) -> ActivationScale | None:
+        """The scale that all readers of a value want its codes at; None if there is not exactly one."""
+        if value in self.network.outputs:
             return None
-        grids = set()
+        activation_scales = set()
         for reader in self.readers.get(value, ()):
             if reader.kind == "quantize":
-                grids.add(reader.options["grid"])
-            elif _commutes(reader):
-                grids.add(self.wanted(reader.output))
+                activation_scales.add(reader.options["scale"])
+            elif _is_quantization_invariant(reader):
+                activation_scales.add(self.wanted(reader.output))
             else:
                 return None
-        (grid,) = grids if len(grids) == 1 else (None,)
-        return grid if grid is not None and boundaries.is_integer(grid.format) else None
+        (activation_scale,) = activation_scales if len(activation_scales) == 1 else (None,)
+        return (
+            activation_scale
+            if activation_scale is not None and boundaries.is_integer(activation_scale.format)
+            else None
+        )
 
-    def given(self, value: int) -> Grid | None:
-        """The grid of a value that is made in codes; those that readers of a float value round it to are theirs."""
+    def given(self, value: int) -> ActivationScale | None:
+        """The scale of a value that is made in codes; those that readers of a float value round it to are theirs."""
         return None if value in self.in_float else next(iter(self.codes.get(value, ())), None)
 
-    def constant(self, name: str, data, dtype, meaning=None) -> int:
+    def constant(self, name: str, data, dtype, parameters=None) -> int:
         data = np.asarray(data)
-        return self.file.tensor(name, data.shape, dtype, meaning, data)
+        return self.file.tensor(name, data.shape, dtype, parameters, data)
 
     # ---- steps
 
@@ -220,15 +225,15 @@ class _Writer:
         """Appends the operations of a step."""
         if step.kind == "quantize":
             self.quantize(step)
-        elif _commutes(step):
+        elif _is_quantization_invariant(step):
             self.move(step)
         else:
-            grids = [self.given(value) for value in step.inputs]
+            activation_scales = [self.given(value) for value in step.inputs]
             target = self.wanted(step.output)
             writer = getattr(self, f"integer_{step.kind}", None)
-            if writer is not None and None not in grids and target is not None and self.has_integer(step):
-                tensor, meaning, raw = self.new_codes(step.output, target, step.activation)
-                writer(step, grids, tensor, meaning)
+            if writer is not None and None not in activation_scales and target is not None and self.has_integer(step):
+                tensor, parameters, raw = self.new_codes(step.output, target, step.activation)
+                writer(step, activation_scales, tensor, parameters)
                 self._finish(step.output, target, raw)
             else:
                 getattr(self, f"float_{step.kind}")(step, self.new_float(step.output, step.path))
@@ -254,10 +259,10 @@ class _Writer:
             self.roundings.setdefault(step.last, []).append(rounding)
 
     def quantize(self, step: Step) -> None:
-        """A value takes a grid."""
-        (value,), grid = step.inputs, step.options["grid"]
-        if boundaries.is_integer(grid.format):
-            self.codes[step.output] = {grid: self.as_codes(value, grid)}
+        """A value takes a scale."""
+        (value,), activation_scale = step.inputs, step.options["scale"]
+        if boundaries.is_integer(activation_scale.format):
+            self.codes[step.output] = {activation_scale: self.as_codes(value, activation_scale)}
         elif value in self.floats or not self.codes.get(value):
             self.floats[step.output] = self.as_float(value)
         else:  # a float format: no rounding, the layer that follows reads what there is
@@ -265,17 +270,17 @@ class _Writer:
 
     def move(self, step: Step) -> None:
         """An operation that only moves or picks values, on codes if it can."""
-        grid = self.wanted(step.output)
+        activation_scale = self.wanted(step.output)
         given = {self.given(value) for value in step.inputs}
-        if grid is None and len(given) == 1:
-            (grid,) = given
-        if grid is None:
+        if activation_scale is None and len(given) == 1:
+            (activation_scale,) = given
+        if activation_scale is None:
             inputs = [self.as_float(value) for value in step.inputs]
             output = self.new_float(step.output, step.path)
         else:
-            inputs = [self.as_codes(value, grid) for value in step.inputs]
-            output = self._int8(step.output, self.meaning(grid))
-            self.codes[step.output] = {grid: output}
+            inputs = [self.as_codes(value, activation_scale) for value in step.inputs]
+            output = self._int8(step.output, self.parameters(activation_scale))
+            self.codes[step.output] = {activation_scale: output}
         getattr(self, f"move_{step.kind}")(step, inputs, output)
 
     def move_max_pool(self, step, inputs, output):
@@ -307,32 +312,32 @@ class _Writer:
 
     # ---- integer kernels
 
-    def integer_linear(self, step, grids, tensor, meaning):
+    def integer_linear(self, step, activation_scales, tensor, parameters):
         value, linear = step.inputs[0], step.linear
-        source = self.as_codes(value, grids[0])
+        source = self.as_codes(value, activation_scales[0])
         scale, codes, bias = tflite_kernels.with_int32_biases(
-            step.path, linear, float(self.meaning(grids[0]).scale), float(meaning.scale)
+            step.path, linear, float(self.parameters(activation_scales[0]).scale), float(parameters.scale)
         )
-        self.kernel(step, linear, source, self.meaning(grids[0]), codes, scale, bias, tensor, meaning)
+        self.kernel(step, linear, source, self.parameters(activation_scales[0]), codes, scale, bias, tensor, parameters)
 
-    def kernel(self, step, linear: Linear, source, meaning, codes, scale, bias, tensor, target):
+    def kernel(self, step, linear: Linear, source, parameters, codes, scale, bias, tensor, target):
         """The operation of integer weights."""
         axis = 3 if linear.operation == "depthwise" else 0
         narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
         is_litert = narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
-        rounding = requantize.twice if is_litert else requantize.once
-        self.rounds(step, rounding(meaning.scale, scale, target.scale))
+        rounding = requantize.double_rounding if is_litert else requantize.single_rounding
+        self.rounds(step, rounding(parameters.scale, scale, target.scale))
         weights = self.constant(
             f"{step.path}/weights",
             tflite_kernels.arranged(linear.operation, codes),
             "int4" if narrow else np.int8,
-            tflite_file.Grid(scale.astype(np.float32), 0, axis),
+            QuantizationParameters(scale.astype(np.float32), 0, axis),
         )
         biases = self.constant(
             f"{step.path}/bias",
             bias,
             np.int32,
-            tflite_file.Grid(np.float32(meaning.scale) * scale.astype(np.float32)),
+            QuantizationParameters(np.float32(parameters.scale) * scale.astype(np.float32)),
         )
         self.linear_operation(step, linear.operation, [source, weights, biases], tensor)
 
@@ -347,41 +352,45 @@ class _Writer:
             name = "CONV_2D" if operation == "conv" else "DEPTHWISE_CONV_2D"
             self.file.operation(name, inputs, [tensor], **window, **depthwise, **activation)
 
-    def integer_affine(self, step, grids, tensor, meaning):
+    def integer_affine(self, step, activation_scales, tensor, parameters):
         """Gain and offset per channel: a 1x1 depthwise kernel whose scales are the gains."""
         gain = step.options["gain"]
         linear = ones((1, 1), len(gain)).then(gain, step.options["offset"])
         window = {"strides": (1, 1), "padding": "valid", "dilation": (1, 1)}
         step = dataclasses.replace(step, kind="linear", linear=linear, options=window)
-        self.integer_linear(step, grids, tensor, meaning)
+        self.integer_linear(step, activation_scales, tensor, parameters)
 
-    def integer_average_pool(self, step, grids, tensor, meaning):
+    def integer_average_pool(self, step, activation_scales, tensor, parameters):
         """A depthwise kernel of ones: AVERAGE_POOL_2D would round to the steps of its input."""
         size = step.options["size"]
         linear = ones(size, step.shapes[0][-1])
         linear = linear.then(np.full(step.shapes[0][-1], 1 / (size[0] * size[1])), 0.0)
         window = {"strides": step.options["strides"], "padding": "valid", "dilation": (1, 1)}
         step = dataclasses.replace(step, kind="linear", linear=linear, options=window)
-        self.integer_linear(step, grids, tensor, meaning)
+        self.integer_linear(step, activation_scales, tensor, parameters)
 
-    def integer_mean(self, step, grids, tensor, meaning):
+    def integer_mean(self, step, activation_scales, tensor, parameters):
         axes = self.constant("axes", [1, 2], np.int32)
-        source = self.as_codes(step.inputs[0], grids[0])
+        source = self.as_codes(step.inputs[0], activation_scales[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
         height, width, _ = step.shapes[0]
-        rounding = requantize.once(self.meaning(grids[0]).scale, np.full(1, 1 / (height * width)), meaning.scale)
+        rounding = requantize.single_rounding(
+            self.parameters(activation_scales[0]).scale, np.full(1, 1 / (height * width)), parameters.scale
+        )
         self.rounds(step, rounding)
 
-    def integer_add(self, step, grids, tensor, meaning):
-        self._binary("ADD", step, grids, tensor)
+    def integer_add(self, step, activation_scales, tensor, parameters):
+        self._binary("ADD", step, activation_scales, tensor)
 
-    def integer_multiply(self, step, grids, tensor, meaning):
-        self._binary("MUL", step, grids, tensor)
-        left, right = (self.meaning(grid).scale for grid in grids)
-        self.rounds(step, requantize.once(left, np.full(1, right), meaning.scale))
+    def integer_multiply(self, step, activation_scales, tensor, parameters):
+        self._binary("MUL", step, activation_scales, tensor)
+        left, right = (self.parameters(activation_scale).scale for activation_scale in activation_scales)
+        self.rounds(step, requantize.single_rounding(left, np.full(1, right), parameters.scale))
 
-    def _binary(self, name, step, grids, tensor):
-        left, right = (self.as_codes(value, grid) for value, grid in zip(step.inputs, grids))
+    def _binary(self, name, step, activation_scales, tensor):
+        left, right = (
+            self.as_codes(value, activation_scale) for value, activation_scale in zip(step.inputs, activation_scales)
+        )
         options = {"fusedActivationFunction": _ACTIVATION[step.activation]}
         self.file.operation(name, [left, right], [tensor], **options)
 
@@ -395,8 +404,10 @@ class _Writer:
         else:
             axis = 3 if linear.operation == "depthwise" else 0
             codes = tflite_kernels.arranged(linear.operation, linear.codes)
-            meaning = tflite_file.Grid(np.maximum(linear.scale.astype(np.float32), np.finfo(np.float32).tiny), 0, axis)
-            stored = self.constant(name, codes, np.int8, meaning)
+            parameters = QuantizationParameters(
+                np.maximum(linear.scale.astype(np.float32), np.finfo(np.float32).tiny), 0, axis
+            )
+            stored = self.constant(name, codes, np.int8, parameters)
             weights = self.file.tensor(name, codes.shape, np.float32)
             self.file.operation("DEQUANTIZE", [stored], [weights])
         bias = self.constant(f"{step.path}/bias", linear.bias, np.float32)
@@ -451,7 +462,7 @@ class _Writer:
             left = result
 
 
-def _commutes(step: Step) -> bool:
+def _is_quantization_invariant(step: Step) -> bool:
     if step.kind == "activation":
         return step.options["function"] in ("relu", "relu6")
     return step.kind in ("max_pool", "max", "reshape", "pad", "upsample", "concatenate")

@@ -255,7 +255,7 @@ def test_folding_batch_normalization_keeps_codes():
     np.testing.assert_allclose(folded, final(x), atol=1e-5)
 
 
-def test_places_of_carriers_in_a_residual_block():
+def test_places_of_boundary_quantizers_in_a_residual_block():
     image = L.Input((6, 6, 4))
     x = L.ReLU(name="relu1")(L.Conv2D(4, 3, padding="same", name="conv1")(image))
     y = L.BatchNormalization(name="norm")(L.Conv2D(4, 3, padding="same", name="conv2")(x))
@@ -263,7 +263,7 @@ def test_places_of_carriers_in_a_residual_block():
     y = L.Dense(2, name="logits")(L.GlobalAveragePooling2D(name="pool")(y))
     final = fliqs_tf.apply(keras.Model(image, y), "INT8")
     # relu1 has two readers, norm and relu2 an operation, logits the caller; add goes into relu2, pool into logits.
-    assert boundaries.places(final) == ["relu1", "norm", "relu2", "logits"]
+    assert boundaries.boundary_layers(final) == ["relu1", "norm", "relu2", "logits"]
 
 
 def test_search_for_tflite_ships_what_was_trained(tmp_path):
@@ -361,15 +361,15 @@ def test_what_cannot_be_a_bias_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_readers_of_a_carrier_share_its_range():
+def test_readers_of_a_boundary_quantizer_share_its_range():
     trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite")
     trained(examples(8, *IMAGE), training=True)
     trained(3 * examples(8, *IMAGE, seed=1), training=True)
     pairs = shared_ranges.followers(trained)
     assert len(pairs) == 1
-    for carrier, reader in pairs:
-        assert carrier.range[1] > 0
-        np.testing.assert_array_equal(carrier.range, reader.range)
+    for boundary, reader in pairs:
+        assert boundary.range[1] > 0
+        np.testing.assert_array_equal(boundary.range, reader.range)
 
 
 def test_also_in_what_is_made_of_it(tmp_path):
@@ -391,10 +391,10 @@ def test_also_in_what_is_made_of_it(tmp_path):
     for model in models:
         model(3 * examples(8, *IMAGE, seed=1), training=True)
         model(9 * examples(8, *IMAGE, seed=2), training=True)
-        ((carrier, reader),) = shared_ranges.followers(model)
-        assert carrier.range[0] > 0
-        np.testing.assert_array_equal(carrier.range, reader.range)
-        assert len(carrier._followers) == 1
+        ((boundary, reader),) = shared_ranges.followers(model)
+        assert boundary.range[0] > 0
+        np.testing.assert_array_equal(boundary.range, reader.range)
+        assert len(boundary._followers) == 1
 
 
 def test_sequential_models_around_a_network_too(tmp_path):
@@ -403,9 +403,9 @@ def test_sequential_models_around_a_network_too(tmp_path):
     loaded = keras.models.load_model(tmp_path / "fixed.keras")
     assert isinstance(loaded, keras.Sequential)
     loaded(examples(8, *IMAGE), training=True)
-    ((carrier, reader),) = shared_ranges.followers(loaded)
-    assert carrier.range[0] > 0
-    np.testing.assert_array_equal(carrier.range, reader.range)
+    ((boundary, reader),) = shared_ranges.followers(loaded)
+    assert boundary.range[0] > 0
+    np.testing.assert_array_equal(boundary.range, reader.range)
 
 
 # ---- what cannot be exported

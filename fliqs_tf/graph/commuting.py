@@ -46,6 +46,6 @@ def is_activation(layer) -> bool:
     return isinstance(layer, (_LAYERS.ReLU, _LAYERS.Activation)) and activation(layer) in ("relu", "relu6")
 
 
-def commutes(layer) -> bool:
+def is_quantization_invariant(layer) -> bool:
     """True if quantizing the layer's inputs is the same as quantizing its output."""
     return isinstance(layer, COMMUTING) or is_activation(layer)

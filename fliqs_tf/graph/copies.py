@@ -27,7 +27,7 @@ def of_layer(layer):
     Raises:
       ValueError: The config does not make such a layer.
     """
-    wrapper, layer = layer, walking.inside(layer)
+    wrapper, layer = layer, walking.unwrapped(layer)
     try:
         if isinstance(layer, _LAYERS.Lambda):
             return _of_lambda(layer)
@@ -50,7 +50,7 @@ def of_layer(layer):
 
 def scope(model) -> contextlib.AbstractContextManager:
     """Within it Keras finds the classes and functions of its user that are in a model, registered or not."""
-    layers = _all_in(walking.inside(model))
+    layers = _all_in(walking.unwrapped(model))
     found = {type(layer).__name__: type(layer) for layer in layers}
     found |= {_name(function): function for layer in layers for function in _functions(layer).values()}
     return keras.utils.custom_object_scope({name: thing for name, thing in found.items() if not _is_of_keras(thing)})
@@ -90,7 +90,7 @@ def keep_trainable(layer, copy) -> None:
 
     The parts of a layer and of a network have to be given one by one.
     """
-    source, target = walking.inside(layer), walking.inside(copy)
+    source, target = walking.unwrapped(layer), walking.unwrapped(copy)
     for old, new in _own_pairs(source, target):
         _set_trainable(new, old.trainable)
     for part in (copy, *_quantizers(copy)):

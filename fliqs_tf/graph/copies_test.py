@@ -12,7 +12,7 @@ from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph import copies
 
 L = keras.layers
-MENU = ["INT8", "FP32"]  # wrapped models begin with the widest
+FORMATS = ["INT8", "FP32"]  # wrapped models begin with the widest
 register = keras.saving.register_keras_serializable("fliqs_tf_tests_copies")
 
 
@@ -27,7 +27,7 @@ def saved_and_loaded(model, tmp_path, **options):
 
 def deployed_and_saved(model, x, tmp_path, trains=False):
     """Wrapped, trained for one step at learning rate 0, deployed in FP32, saved: all compute what the model does."""
-    wrapped = fliqs_tf.wrap(model, MENU)
+    wrapped = fliqs_tf.wrap(model, FORMATS)
     recipe = fliqs_tf.Recipe({d.name: "FP32" for d in wrapped.decisions})
     if trains:
         wrapped.compile(keras.optimizers.SGD(0.0), "mse", target_cost="1x INT8", search_steps=1)
@@ -62,7 +62,7 @@ FUNCTIONS = [relu, linear, swish, steep, lambda v: v * v, tf.function(lambda v: 
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("convert", [lambda m: fliqs_tf.wrap(m, MENU), lambda m: fliqs_tf.apply(m, "FP32")])
+@pytest.mark.parametrize("convert", [lambda m: fliqs_tf.wrap(m, FORMATS), lambda m: fliqs_tf.apply(m, "FP32")])
 def test_functions_are_those_of_the_model_whatever_their_names(function, convert):
     model = keras.Sequential([keras.Input((3,)), L.Dense(4, activation=function), L.Activation(function), L.Dense(2)])
     x = data(4, 3)
@@ -106,7 +106,7 @@ class Given(L.Layer):
 def test_functions_inside_layers_of_ones_own_and_in_deployed_models():
     model = keras.Sequential([keras.Input((3,)), Given(relu), L.Dense(2)])
     x = data(4, 3)
-    wrapped = fliqs_tf.wrap(model, MENU)
+    wrapped = fliqs_tf.wrap(model, FORMATS)
     np.testing.assert_array_equal(wrapped(x), model(x))
     recipe = fliqs_tf.Recipe({d.name: "FP32" for d in wrapped.decisions})
     np.testing.assert_array_equal(wrapped.deploy(recipe)(x), model(x))
@@ -320,7 +320,7 @@ def trained(model):
 def test_a_copy_trains_what_the_model_trains_now_and_after_more_is_frozen_or_unfrozen(first, second):
     model = nested()
     first(model)
-    wrapped, fixed = fliqs_tf.wrap(model, MENU), fliqs_tf.apply(model, "INT8")
+    wrapped, fixed = fliqs_tf.wrap(model, FORMATS), fliqs_tf.apply(model, "INT8")
     deployed = wrapped.deploy(fliqs_tf.Recipe({d.name: "INT8" for d in wrapped.decisions}))
     everything = (model, wrapped, fixed, deployed)
     assert [trained(m) for m in everything] == [trained(model)] * 4
@@ -343,7 +343,7 @@ def test_layers_inside_layers_are_frozen_and_unfrozen_alike():
     model = keras.Sequential([keras.Input((3,)), Block(name="block"), L.Dense(2)])
     model.get_layer("block").trainable = False
     model.get_layer("block").down.trainable = True
-    wrapped, fixed = fliqs_tf.wrap(model, MENU), fliqs_tf.apply(model, "INT8")
+    wrapped, fixed = fliqs_tf.wrap(model, FORMATS), fliqs_tf.apply(model, "INT8")
     assert trained(wrapped) == trained(fixed) == trained(model)
     for m in (model, wrapped.network, fixed):
         m.get_layer("block").trainable = True
@@ -392,7 +392,7 @@ def test_classes_need_not_be_registered_to_be_copied():
         pass
 
     model = keras.Sequential([keras.Input((6,)), Unregistered(Own(6)), L.Dense(2)])
-    wrapped = fliqs_tf.wrap(model, MENU)
+    wrapped = fliqs_tf.wrap(model, FORMATS)
     np.testing.assert_array_equal(wrapped(data(4, 6)), model(data(4, 6)))
     deployed = wrapped.deploy(fliqs_tf.Recipe({d.name: "FP32" for d in wrapped.decisions}))
     np.testing.assert_array_equal(deployed(data(4, 6)), model(data(4, 6)))
@@ -406,7 +406,7 @@ def test_a_compiled_model_need_not_be_compiled_from_a_config():
     model = keras.Sequential([keras.Input((3,)), inner])
     for each in (inner, model):
         each.compile("sgd", loss, metrics=[lambda y_true, y_pred: 0.0])
-    fliqs_tf.wrap(model, MENU)
+    fliqs_tf.wrap(model, FORMATS)
     model.evaluate(np.ones((2, 3)), np.ones((2, 2)), verbose=0)  # still compiled
 
 
@@ -418,8 +418,8 @@ def test_lora():
     model = keras.Sequential([keras.Input((3,)), L.Dense(3, name="tuned"), L.Dense(2, name="fc")])
     model.get_layer("tuned").enable_lora(2)
     with pytest.raises(ValueError, match="'tuned' is trained by LoRA.*leave it in float with the rule .'tuned', None"):
-        fliqs_tf.wrap(model, MENU)
-    wrapped = fliqs_tf.wrap(model, MENU, rules=[("tuned", None)])
+        fliqs_tf.wrap(model, FORMATS)
+    wrapped = fliqs_tf.wrap(model, FORMATS, rules=[("tuned", None)])
     np.testing.assert_array_equal(wrapped(data(4, 3)), model(data(4, 3)))
     assert trained(wrapped) == trained(model)
 
@@ -438,6 +438,6 @@ def test_functions_that_no_integer_kernel_computes():
 def test_a_model_that_keras_quantized():
     model = keras.Sequential([keras.Input((3,)), L.Dense(2, name="fc")])
     model.quantize("int8")
-    for convert in (lambda: fliqs_tf.wrap(model, MENU), lambda: fliqs_tf.apply(model, "INT8")):
+    for convert in (lambda: fliqs_tf.wrap(model, FORMATS), lambda: fliqs_tf.apply(model, "INT8")):
         with pytest.raises(ValueError, match="Layer 'fc' is quantized already, by Keras' own model.quantize: give the"):
             convert()

@@ -43,7 +43,7 @@ def with_added(
     made = dict(walking.walk(copy))
     for path, layer in walking.walk(model):
         if path in made:
-            copies.keep_functions(walking.inside(layer), walking.inside(made[path]))
+            copies.keep_functions(walking.unwrapped(layer), walking.unwrapped(made[path]))
             if layer.weights:
                 made[path].set_weights(layer.get_weights())
     return copy

@@ -49,7 +49,7 @@ def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
     found = [
         (path, layer)
         for path, layer in walking.walk(model)
-        if walking.inside(layer).built and _counts(layer, path in named)
+        if walking.unwrapped(layer).built and _counts(layer, path in named)
     ]
     example = _one_example(model, input_shape)
     with _recording([layer for _, layer in found]) as calls:
@@ -75,16 +75,16 @@ def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
             bool(layer_types.table(layer)),
         )
         for path, called in found
-        for layer in (walking.inside(called),)
+        for layer in (walking.unwrapped(called),)
     ]
 
 
 def _counts(layer, named: bool) -> bool:
-    is_quantized = walking.inside(layer) is not layer
+    is_quantized = walking.unwrapped(layer) is not layer
     return bool(
         layer_types.is_product(layer)
-        or layer_types.kernels(walking.inside(layer))
-        or (layer_types.table(walking.inside(layer)) and (is_quantized or named))
+        or layer_types.kernels(walking.unwrapped(layer))
+        or (layer_types.table(walking.unwrapped(layer)) and (is_quantized or named))
     )
 
 
@@ -97,7 +97,9 @@ def _recording(layers):
         def recorded(inputs, *args, **kwargs):
             # Shapes are those of the layer inside; tracing its quantizers would take most of the time.
             outputs = (
-                call(inputs, *args, **kwargs) if walking.inside(layer) is layer else walking.inside(layer).call(inputs)
+                call(inputs, *args, **kwargs)
+                if walking.unwrapped(layer) is layer
+                else walking.unwrapped(layer).call(inputs)
             )
             # A Sequential model of tf_keras may make its graph anew, symbolically, while it is called.
             if not only_shapes():

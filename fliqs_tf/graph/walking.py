@@ -16,8 +16,8 @@ _CLOSED = (_LAYERS.RNN, _LAYERS.TimeDistributed, _LAYERS.SpectralNormalization)
 
 def attention_products(model: keras.Model) -> list[tuple[str, tuple[int, str]]]:
     """(path, (id of the attention layer, name)) of the products in the attention layers of a model."""
-    root = composite_root(model) if is_network(model) else inside(model)
-    found = [("", root)] * (root is not None) + [(f"{path}/", inside(layer)) for path, layer in walk(model)]
+    root = composite_root(model) if is_network(model) else unwrapped(model)
+    found = [("", root)] * (root is not None) + [(f"{path}/", unwrapped(layer)) for path, layer in walk(model)]
     return [(prefix + name, (id(layer), name)) for prefix, layer in found for name, _, _ in layer_types.products(layer)]
 
 
@@ -44,10 +44,10 @@ def children(layer: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
     The place of a layer in a graph is its index, "3"; elsewhere the attribute that holds it, and the index or key in a
     list, tuple or dict there: "dense", "blocks/3".
     """
-    layer = inside(layer)
+    layer = unwrapped(layer)
     if layer_types.kernels(layer) or layer_types.is_product(layer) or isinstance(layer, (_LAYERS.InputLayer, *_CLOSED)):
         return []
-    graph = [content(child) for child in layer.layers] if is_graph(layer) else []
+    graph = [unwrapped_tfmot(child) for child in layer.layers] if is_graph(layer) else []
     found: dict[int, tuple[str, keras.layers.Layer]] = {}
     for place, child in () if is_network(layer) else _held("", attributes(layer)):
         found.setdefault(id(child), (place, child))
@@ -61,7 +61,7 @@ def is_annotation(layer: keras.layers.Layer) -> bool:
     return type(layer).__name__ == "QuantizeAnnotate"
 
 
-def content(layer: keras.layers.Layer) -> keras.layers.Layer:
+def unwrapped_tfmot(layer: keras.layers.Layer) -> keras.layers.Layer:
     """What a wrapper of TensorFlow Model Optimization stands for: the layer that it annotates, or the `Quantized` that
     computes in it. Any other layer stands for itself."""
     if is_annotation(layer):
@@ -97,13 +97,13 @@ def composite_root(network: keras.Model) -> keras.layers.Layer | None:
     """The composite layer of the network's own name that is all there is to it, None for another network."""
     layers = [layer for layer in network.layers if not isinstance(layer, _LAYERS.InputLayer)]
     if len(layers) == 1 and layers[0].name == network.name and not is_network(layers[0]) and children(layers[0]):
-        return inside(layers[0])
+        return unwrapped(layers[0])
     return None
 
 
 def _is_automatic(layer) -> bool:
     """True if the name is one that Keras gives: the class and a number that depends on what was made before."""
-    layer = inside(layer)
+    layer = unwrapped(layer)
     stem = re.sub(r"_\d+$", "", layer.name).replace("_", "").removeprefix("private")
     classes = ("functional", "model") if is_network(layer) else ()
     return stem in (type(layer).__name__.replace("_", "").lower(), *classes)
@@ -141,7 +141,7 @@ def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[st
     return visit(model, "", False)
 
 
-def inside(layer: keras.layers.Layer) -> keras.layers.Layer:
+def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:
     """The layer inside one of this package's wrappers; others (TimeDistributed) stay what they are."""
     return getattr(layer, "quantized_layer", getattr(layer, "composite_layer", layer))
 
@@ -163,7 +163,7 @@ def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
         for path, layer in walk(model)
         if not layer_types.kernels(layer)
         and not hasattr(layer, "quantized_layer")
-        and any(len(w.shape) > 1 for w in own_weights(inside(layer)))
+        and any(len(w.shape) > 1 for w in own_weights(unwrapped(layer)))
     ]
 
 

@@ -12,11 +12,11 @@ from fliqs_tf.graph import walking
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.quantize import copying
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
-MENU = ["INT4", "INT8"]
+FORMATS = ["INT4", "INT8"]
 PRODUCTS = ["attention/scores", "attention/context"]
 IN_FLOAT = [("attention/(query|key|value|attention_output)", None)]
 
@@ -47,7 +47,7 @@ def by_hand(model, x, memory, formats=("FP32",) * 4, mask=None):
     def rounded(x, fmt):
         return fake_quant(x, fmt)
 
-    layer = walking.inside(model.get_layer("attention"))
+    layer = walking.unwrapped(model.get_layer("attention"))
     key, query, value, probabilities = formats
     q, k = project(x, layer._query_dense) / np.float32(3**0.5), project(memory, layer._key_dense)
     scores = tf.einsum("btnh,bsnh->bnts", rounded(q, query), rounded(k, key))
@@ -62,13 +62,13 @@ def products(model):
 
 
 def search(**options):
-    qmodel = fliqs_tf.wrap(net(), MENU, attention_scores=True, **options)
+    qmodel = fliqs_tf.wrap(net(), FORMATS, attention_scores=True, **options)
     qmodel.compile("sgd", "mse", target_cost="0.75x INT8")
     return qmodel
 
 
 def test_products_stay_in_float_by_default_and_do_not_count():
-    qmodel = fliqs_tf.wrap(net(), MENU)
+    qmodel = fliqs_tf.wrap(net(), FORMATS)
     assert not set(PRODUCTS) & {d.name for d in qmodel.decisions}
     assert [s.macs for s in qmodel.sites] == [5 * 6 * 6, 7 * 4 * 6, 7 * 4 * 6, 5 * 6 * 6]
 
@@ -153,8 +153,8 @@ class Block(L.Layer):
 def test_attention_inside_of_a_layer(tmp_path):
     inputs = keras.Input((5, 6))
     model = keras.Model(inputs, Block(name="block")(inputs), name="net")
-    network = quantized_network(model, MENU, IN_FLOAT, attention_scores=True)
-    assert [d.name for d in decisions(network)] == [f"block/{p}" for p in PRODUCTS]
+    network = quantized_network(model, FORMATS, IN_FLOAT, attention_scores=True)
+    assert [d.name for d in open_decisions(network)] == [f"block/{p}" for p in PRODUCTS]
     assert [s.macs for s in costs.sites(network) if s.weight_decision] == [2 * 5 * 5 * 3] * 2
     fixed = copying.fixed(network, {"block/attention/scores": "INT8"})
     assert [products(fixed)[f"block/{p}"].get_config()["weight_formats"] for p in PRODUCTS] == [["INT8"], ["INT4"]]
@@ -186,7 +186,7 @@ def test_a_product_hands_on_no_mask():
 def test_a_product_in_float_beside_a_quantized_one():
     model = net()
     rules = [*IN_FLOAT, ("attention/scores", None)]
-    network = copying.fixed(quantized_network(model, MENU, rules, attention_scores=True), {})
+    network = copying.fixed(quantized_network(model, FORMATS, rules, attention_scores=True), {})
     assert list(products(network)) == ["attention/context"]
     expected = by_hand(model, *DATA, ("FP32", "FP32", "INT4", "INT4"))
     np.testing.assert_allclose(network(DATA), expected, rtol=1e-4, atol=1e-4)
@@ -194,9 +194,9 @@ def test_a_product_in_float_beside_a_quantized_one():
 
 def test_bad_options():
     with pytest.raises(ValueError, match="take tensors='together' or 'separate'"):
-        fliqs_tf.wrap(net(), MENU, attention_scores=True, tensors="weights")
+        fliqs_tf.wrap(net(), FORMATS, attention_scores=True, tensors="weights")
     with pytest.raises(ValueError, match="attention_scores=True, but model 'plain' has no MultiHeadAttention"):
         inputs = keras.Input((3,))
-        fliqs_tf.wrap(keras.Model(inputs, L.Dense(2)(inputs), name="plain"), MENU, attention_scores=True)
+        fliqs_tf.wrap(keras.Model(inputs, L.Dense(2)(inputs), name="plain"), FORMATS, attention_scores=True)
     with pytest.raises(ValueError, match="leave attention_scores=False"):
-        fliqs_tf.wrap(net(), MENU, attention_scores=True, target="onnx")
+        fliqs_tf.wrap(net(), FORMATS, attention_scores=True, target="onnx")

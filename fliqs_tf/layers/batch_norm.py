@@ -218,7 +218,7 @@ def _over_replicas(count, mean, variance):
     return replicas.mean(count), whole, variance
 
 
-def reestimate(model: keras.Model, batches, *, shared: bool = False) -> int:
+def recalibrate(model: keras.Model, batches, *, shared: bool = False) -> int:
     """Replaces the moving averages by mean and variance over all examples of the batches. Forward passes only.
 
     Each layer is normalized with the statistics of its batch meanwhile, as in training, but how examples are cut into

@@ -7,7 +7,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.layers import batch_norm
-from fliqs_tf.layers.batch_norm import batch_statistics, reestimate
+from fliqs_tf.layers.batch_norm import batch_statistics, recalibrate
 
 L = keras.layers
 only_tf_keras = pytest.mark.skipif(IS_KERAS_3, reason="of tf_keras")
@@ -106,7 +106,7 @@ def test_reestimation_gives_mean_and_variance_of_all_examples_however_they_are_c
     x = data(shape, batch=24) + np.arange(24, dtype=np.float32).reshape(24, *[1] * len(shape))
     batches = np.split(x, np.cumsum(sizes)[:-1])
     model = model_of(L.BatchNormalization(), *shape)
-    assert reestimate(model, batches) == len(sizes)
+    assert recalibrate(model, batches) == len(sizes)
     _, _, mean, variance = model.get_weights()
     axes = tuple(range(len(shape)))
     np.testing.assert_allclose(mean, x.mean(axes), rtol=1e-5)
@@ -116,14 +116,14 @@ def test_reestimation_gives_mean_and_variance_of_all_examples_however_they_are_c
 def test_a_last_batch_of_one_example_by_hand():
     """Of -1, 1 and then 3: mean 1, variance (4 + 0 + 4) / 3. The mean of the batches' variances would be 0.5."""
     model = model_of(L.BatchNormalization(), 1)
-    reestimate(model, [np.array([[-1.0], [1.0]], np.float32), np.array([[3.0]], np.float32)])
+    recalibrate(model, [np.array([[-1.0], [1.0]], np.float32), np.array([[3.0]], np.float32)])
     assert [float(v[0]) for v in model.get_weights()[2:]] == pytest.approx([1, 8 / 3])
 
 
 def test_a_layer_that_is_called_twice_counts_every_value():
     layer, first, second = L.BatchNormalization(), keras.Input((1,)), keras.Input((3, 1))
     model = keras.Model([first, second], [layer(L.Reshape((1, 1))(first)), layer(second)])
-    reestimate(model, [[np.array([[1.0], [2.0]], np.float32), np.arange(6, dtype=np.float32).reshape(2, 3, 1)]])
+    recalibrate(model, [[np.array([[1.0], [2.0]], np.float32), np.arange(6, dtype=np.float32).reshape(2, 3, 1)]])
     values = [1, 2, 0, 1, 2, 3, 4, 5]
     assert [float(v[0]) for v in model.get_weights()[2:]] == pytest.approx([np.mean(values), np.var(values)], rel=1e-5)
 
@@ -132,14 +132,14 @@ def test_averages_that_are_not_finite_are_mended():
     model = model_of(L.BatchNormalization(), 4)
     model.set_weights([*model.get_weights()[:2], np.full(4, np.nan, np.float32), np.full(4, np.inf, np.float32)])
     x = data((4,))
-    reestimate(model, [x])
+    recalibrate(model, [x])
     np.testing.assert_allclose(model.get_weights()[2:], [x.mean(0), x.var(0)], rtol=1e-5)
 
 
 def test_reestimation_changes_nothing_else():
     model = model_of(L.BatchNormalization(), 4)
     gamma, beta, *_ = model.get_weights()
-    reestimate(model, [data((4,))])
+    recalibrate(model, [data((4,))])
     np.testing.assert_array_equal(model.get_weights()[0], gamma)
     np.testing.assert_array_equal(model.get_weights()[1], beta)
 
@@ -148,7 +148,7 @@ def test_a_later_layer_sees_what_the_earlier_one_makes_of_the_batch():
     inputs = keras.Input((4,))
     x = L.BatchNormalization(center=False, scale=False, name="first")(inputs)
     model = keras.Model(inputs, L.BatchNormalization(name="second")(x))
-    reestimate(model, [data((4,), seed=i) for i in range(3)])
+    recalibrate(model, [data((4,), seed=i) for i in range(3)])
     np.testing.assert_allclose(model.get_layer("second").moving_mean, np.zeros(4), atol=1e-5)
     np.testing.assert_allclose(model.get_layer("second").moving_variance, np.ones(4), rtol=1e-2)
 
@@ -156,14 +156,14 @@ def test_a_later_layer_sees_what_the_earlier_one_makes_of_the_batch():
 def test_a_dataset_will_do():
     model = model_of(L.BatchNormalization(), 4)
     x = data((4,))
-    assert reestimate(model, tf.data.Dataset.from_tensor_slices(x).batch(4)) == 2
+    assert recalibrate(model, tf.data.Dataset.from_tensor_slices(x).batch(4)) == 2
     np.testing.assert_allclose(model.get_weights()[2], x.mean(0), rtol=1e-5)
 
 
 def test_no_batches_leave_the_averages():
     model = model_of(L.BatchNormalization(), 4)
     before = model.get_weights()
-    assert reestimate(model, []) == 0
+    assert recalibrate(model, []) == 0
     for a, b in zip(model.get_weights(), before):
         np.testing.assert_array_equal(a, b)
 
@@ -173,7 +173,7 @@ def test_a_model_without_batch_normalization_runs_nothing():
         raise AssertionError
         yield
 
-    assert reestimate(model_of(L.Dense(2), 4), never()) == 0
+    assert recalibrate(model_of(L.Dense(2), 4), never()) == 0
 
 
 def test_frozen_layers_keep_their_averages_and_use_them():
@@ -183,7 +183,7 @@ def test_frozen_layers_keep_their_averages_and_use_them():
     in_training = model(x, training=True)
     with batch_statistics(model):
         np.testing.assert_allclose(model(x, training=True), in_training, rtol=1e-6)
-    assert reestimate(model, [x]) == 0
+    assert recalibrate(model, [x]) == 0
     for a, b in zip(model.get_weights(), before):
         np.testing.assert_array_equal(a, b)
 
@@ -194,7 +194,7 @@ def test_averages_of_other_dtypes_are_estimated(dtype):
     model = keras.Sequential([keras.Input((4, 4, 3)), *layers])
     x = np.random.default_rng(0).standard_normal((8, 4, 4, 3)).astype(np.float32)
     expected = tf.reduce_mean(tf.cast(model.layers[0](x), tf.float32), [0, 1, 2])
-    assert batch_norm.reestimate(model, [x, x]) == 2
+    assert batch_norm.recalibrate(model, [x, x]) == 2
     average = tf.cast(tf.convert_to_tensor(model.layers[1].moving_mean), tf.float32)
     np.testing.assert_allclose(average, expected, atol=1e-2)
 
@@ -220,7 +220,7 @@ def check_as_keras(model, x, rtol=1e-4):
         np.testing.assert_allclose(model(x, training=True), y, rtol=rtol, atol=1e-4)
     for a, b in zip(model.get_weights(), before):
         np.testing.assert_array_equal(a, b)
-    reestimate(model, [x])
+    recalibrate(model, [x])
     for layer, (mean, variance) in zip(batch_norm.batch_norms(model), expected):
         np.testing.assert_allclose(layer.moving_mean, mean, rtol=rtol, atol=1e-5)
         np.testing.assert_allclose(layer.moving_variance, variance, rtol=rtol, atol=1e-5)
@@ -243,7 +243,7 @@ def masked(**options):
 def test_masked_positions_do_not_count():
     check_as_keras(masked(), TOKENS)
     model = masked()
-    reestimate(model, [TOKENS[:1], TOKENS[1:3], TOKENS[3:]])  # the last batch has nothing but masked positions
+    recalibrate(model, [TOKENS[:1], TOKENS[1:3], TOKENS[3:]])  # the last batch has nothing but masked positions
     values = model.layers[1](model.layers[0](TOKENS)).numpy()[TOKENS > 0]
     norm = model.layers[2]
     np.testing.assert_allclose(norm.moving_mean, values.mean(0), rtol=1e-3)
@@ -265,7 +265,7 @@ def test_masks_and_other_options(options):
 
 def test_renorm_keeps_what_it_makes_the_variance_from():
     model, x = keras.Sequential([keras.Input((4,)), L.BatchNormalization(renorm=True)]), data((4,), batch=64)
-    reestimate(model, [x])
+    recalibrate(model, [x])
     layer = model.layers[0]
     np.testing.assert_allclose(layer.moving_variance, x.var(0), rtol=1e-4)
     np.testing.assert_allclose(layer.moving_stddev, np.sqrt(x.var(0) + 1e-3), rtol=1e-4)
@@ -287,7 +287,7 @@ def test_statistics_over_several_axes():
 @only_tf_keras
 def test_the_synchronized_class_of_tf_keras_is_one_too():
     model, x = keras.Sequential([keras.Input((4,)), L.experimental.SyncBatchNormalization()]), data((4,))
-    reestimate(model, [x])
+    recalibrate(model, [x])
     np.testing.assert_allclose(model.get_weights()[2:], [x.mean(0), x.var(0)], rtol=1e-4)
 
 
@@ -300,7 +300,7 @@ class Shifted(L.BatchNormalization):
 
 def test_a_subclass_computes_as_it_does():
     model, x = model_of(Shifted(), 3, 3, 4), data((3, 3, 4))
-    reestimate(model, [x])
+    recalibrate(model, [x])
     np.testing.assert_allclose(model.get_weights()[2], x.mean((0, 1, 2)) + 1, rtol=1e-4)
 
 
@@ -326,7 +326,7 @@ def test_a_layer_that_is_called_for_inference_keeps_its_averages():
     model, _ = calls_for_inference(moving_mean_initializer="ones")
     x = data((4,))
     check_as_keras_trains(model, x)
-    assert reestimate(model, [x]) == 1
+    assert recalibrate(model, [x]) == 1
     np.testing.assert_allclose(model.norm.moving_mean, x.mean(0), rtol=1e-5)
     np.testing.assert_array_equal(model.base.layers[-1].moving_mean, np.ones(4))
 
@@ -347,7 +347,7 @@ def test_in_a_network_as_the_running_keras_trains_it():
     moves(x, training=True)
     moves = not np.array_equal(moves.get_layer("base").layers[-1].moving_mean, before)
     check_as_keras_trains(model, x)
-    reestimate(model, [x])
+    recalibrate(model, [x])
     expected = x.mean(0) if moves else before
     np.testing.assert_allclose(model.get_layer("base").layers[-1].moving_mean, expected, rtol=1e-5)
 
@@ -386,5 +386,5 @@ def test_what_cannot_be_reached_is_named(caplog):
     qmodel = fliqs_tf.wrap(model, "FLIQS-S-INT")
     assert [r.getMessage()[:56] for r in caplog.records] == ["The batch normalization inside of 'per_step' (TimeDistri"]
     inner = qmodel.network.get_layer("per_step").layer
-    assert reestimate(qmodel.network, [data((3, 4))]) == 1
+    assert recalibrate(qmodel.network, [data((3, 4))]) == 1
     np.testing.assert_array_equal(inner.moving_mean, np.zeros(4))

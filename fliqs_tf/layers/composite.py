@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import keras, replace_layers
 from fliqs_tf.graph import layer_types, walking
-from fliqs_tf.layers.attention import place
+from fliqs_tf.layers.attention import install
 from fliqs_tf.layers.quantized import Quantized
 
 ARGUMENTS = ("weight_formats", "activation_formats", "weight_decision", "activation_decision")
@@ -25,7 +25,7 @@ class Composite(keras.layers.Layer):
       layer: A layer or subclassed model that holds layers in attributes, or in lists, tuples and dicts there. It
         belongs to the wrapper from then on.
       parts: {path of a layer inside, as `walking.walk` gives it: arguments of `Quantized` without the layer}. The path
-        of an attention layer and "/scores" or "/context" stand for its products: arguments of `attention.place`.
+        of an attention layer and "/scores" or "/context" stand for its products: arguments of `attention.install`.
 
     Raises:
       ValueError: At its first call, if the layer has no part of such a path.
@@ -94,7 +94,7 @@ class Composite(keras.layers.Layer):
             replace_layers(owner, new)
         for layer, arguments in of_attention.items():
             if arguments:
-                place(layer, arguments)
+                install(layer, arguments)
 
     def compute_mask(self, inputs, mask=None):
         return None  # the call of the layer inside has put it on the outputs

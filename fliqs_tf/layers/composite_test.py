@@ -13,11 +13,11 @@ from fliqs_tf.layers.composite import Composite
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.quantize import copying
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
-MENU = ["INT4", "FP32"]
+FORMATS = ["INT4", "FP32"]
 PROJECTIONS = ["query", "key", "value", "attention_output"]
 
 
@@ -50,8 +50,8 @@ def saved_and_loaded(model, tmp_path):
 
 def test_attention_has_a_decision_per_projection_and_computes_the_same_in_fp32():
     model = attention()
-    network = quantized_network(model, MENU)
-    assert [d.name for d in decisions(network)] == [f"attention/{p}" for p in PROJECTIONS]
+    network = quantized_network(model, FORMATS)
+    assert [d.name for d in open_decisions(network)] == [f"attention/{p}" for p in PROJECTIONS]
     np.testing.assert_array_equal(network(ATTENTION_DATA), model(ATTENTION_DATA))
     assert len(network.trainable_variables) == len(model.trainable_variables)
     assert not any(isinstance(layer, Quantized) for _, layer in walking.walk(model))
@@ -64,7 +64,7 @@ def test_quantized_attention_is_attention_with_quantized_kernels():
         projection.kernel.assign(fake_quant(tf.convert_to_tensor(projection.kernel), "INT4", axes))
     layer._output_dense.kernel.assign(fake_quant(tf.convert_to_tensor(layer._output_dense.kernel), "INT8", (2,)))
     recipe = {f"attention/{p}": "INT4" for p in PROJECTIONS} | {"attention/attention_output": "INT8"}
-    fixed = copying.fixed(quantized_network(model, MENU, tensors="weights"), recipe)
+    fixed = copying.fixed(quantized_network(model, FORMATS, tensors="weights"), recipe)
     np.testing.assert_array_equal(fixed(ATTENTION_DATA), by_hand(ATTENTION_DATA))
 
 
@@ -87,7 +87,7 @@ def test_masks_pass_through_as_without_the_wrapper():
     x = L.Embedding(9, 6, mask_zero=True, name="embedding")(tokens)
     x = L.MultiHeadAttention(2, 3, name="attention")(x, x)
     model = randomized(keras.Model(tokens, L.GlobalAveragePooling1D()(x)))
-    network = quantized_network(model, MENU)
+    network = quantized_network(model, FORMATS)
     x = tf.constant([[1, 2, 0, 0, 0], [3, 4, 5, 6, 0]])
     before = network(x)
     np.testing.assert_array_equal(before, model(x))
@@ -101,7 +101,7 @@ def test_arguments_of_the_call_pass_through(options):
     inputs = keras.Input((5, 6))
     outputs = L.MultiHeadAttention(2, 3, name="attention")(inputs, inputs, **options)
     model = randomized(keras.Model(inputs, outputs))
-    network = quantized_network(model, MENU)
+    network = quantized_network(model, FORMATS)
     x = data(3, 5, 6)
     for a, b in zip(tf.nest.flatten(network(x)), tf.nest.flatten(model(x))):
         np.testing.assert_array_equal(a, b)
@@ -110,7 +110,7 @@ def test_arguments_of_the_call_pass_through(options):
 def test_dropout_inside_follows_training():
     inputs = keras.Input((5, 6))
     model = keras.Model(inputs, L.MultiHeadAttention(2, 3, dropout=0.5, name="attention")(inputs, inputs))
-    network = quantized_network(model, MENU)
+    network = quantized_network(model, FORMATS)
     x = data(3, 5, 6)
     assert np.array_equal(network(x), network(x, training=False))
     assert not np.array_equal(network(x, training=True), network(x, training=False))
@@ -355,7 +355,7 @@ def test_grouped_queries():
     inputs = keras.Input((5, 8))
     outputs = L.GroupQueryAttention(4, 4, 2, name="attention")(inputs, inputs)
     model = randomized(keras.Model(inputs, outputs))
-    network = quantized_network(model, MENU)
+    network = quantized_network(model, FORMATS)
     # 4 heads of queries, 2 of keys and of values, each of width 4.
     macs = {t.path: t.macs for t in tracing.trace(network)}
     assert macs == {

@@ -11,11 +11,11 @@ from fliqs_tf.export import deployed
 from fliqs_tf.graph import walking
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 
 L = keras.layers
-MENU = ["INT4", "INT8"]
+FORMATS = ["INT4", "INT8"]
 TOKENS = tf.constant([[1, 2, 0, 0], [3, 8, 5, 1]])
 
 
@@ -30,18 +30,18 @@ def net(mask_zero=False, dtype="int32"):
 
 
 def table(model):
-    return tf.convert_to_tensor(walking.inside(model.get_layer("embedding")).embeddings)
+    return tf.convert_to_tensor(walking.unwrapped(model.get_layer("embedding")).embeddings)
 
 
 def search(**options):
-    qmodel = fliqs_tf.wrap(net(), MENU, embeddings=True, **options)
+    qmodel = fliqs_tf.wrap(net(), FORMATS, embeddings=True, **options)
     qmodel.compile("sgd", "mse", target_cost="0.75x INT8", cost="memory")
     return qmodel
 
 
 def test_embeddings_stay_in_float_by_default(caplog):
     with caplog.at_level("WARNING", logger="fliqs_tf"):
-        qmodel = fliqs_tf.wrap(net(), MENU)
+        qmodel = fliqs_tf.wrap(net(), FORMATS)
     assert [d.name for d in qmodel.decisions] == [s.path for s in qmodel.sites] == ["head"]
     assert "embedding (Embedding). embeddings=True" in caplog.text
 
@@ -71,7 +71,7 @@ def test_masks_of_a_quantized_embedding():
     np.testing.assert_array_equal(fixed.get_layer("embedding")(TOKENS)._keras_mask, TOKENS != 0)
     before = np.array(fixed(TOKENS))
     np.testing.assert_allclose(before, model(TOKENS), atol=0.05)
-    variable = walking.inside(fixed.get_layer("embedding")).embeddings
+    variable = walking.unwrapped(fixed.get_layer("embedding")).embeddings
     variable.assign(tf.tensor_scatter_nd_update(table(fixed), [[0]], tf.fill((1, 6), 9.0)))
     np.testing.assert_array_equal(fixed(TOKENS), before)  # token 0 is masked
 
@@ -119,8 +119,8 @@ def test_search_recipe_deploy_and_files(tensors, formats, tmp_path):
 
 def test_rules_and_ties_reach_embeddings():
     rules = [fliqs_tf.Rule("embedding|head", tie="all")]
-    network = quantized_network(net(), MENU, rules, tensors="separate", embeddings=True)
-    assert [(d.name, d.layers) for d in decisions(network)] == [
+    network = quantized_network(net(), FORMATS, rules, tensors="separate", embeddings=True)
+    assert [(d.name, d.layers) for d in open_decisions(network)] == [
         ("all/weights", ["embedding", "head"]),
         ("all/activations", ["head"]),
     ]
@@ -134,7 +134,7 @@ def test_what_has_no_form_for_embeddings_says_so(tmp_path):
         assert not list(tmp_path.iterdir())
     for target in ("onnx", "tflite"):
         with pytest.raises(ValueError, match="leave embeddings=False"):
-            fliqs_tf.wrap(net(), MENU, embeddings=True, target=target)
+            fliqs_tf.wrap(net(), FORMATS, embeddings=True, target=target)
 
 
 def test_a_platform_looks_rows_up_in_any_format():
@@ -144,4 +144,4 @@ def test_a_platform_looks_rows_up_in_any_format():
     int8 = fliqs_tf.Format("INT8")
     priced = {site.path: qmodel.cost.layer(site, int8, int8) for site in qmodel.sites}
     assert priced["embedding"] == 0 < priced["head"]
-    assert fliqs_tf.Profile.load("google_tpu_v5e").obstacles(qmodel, "INT8") == []
+    assert fliqs_tf.Profile.load("google_tpu_v5e").unsupported_layers(qmodel, "INT8") == []

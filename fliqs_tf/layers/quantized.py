@@ -16,15 +16,15 @@ from fliqs_tf.numerics.space import Space
 class Quantized(keras.layers.Wrapper):
     """Wraps a layer: its kernels and its input are quantized, bias and the rest stay in float.
 
-    Of an Embedding the table is quantized, with a scale per row. Its input are indices: the menu of the input is not
+    Of an Embedding the table is quantized, with a scale per row. Its input are indices: the space of the input is not
     used. A step quantizes the rows that it looks up, not the table, which gives the same bits.
 
     Args:
       layer: A layer that `layer_types.kernels` knows: Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D,
         Conv2DTranspose or EinsumDense; or an Embedding.
-      weight_formats: Menu of the kernels, anything that `Space` takes; one format is a fixed one.
-      activation_formats: Menu of the input; None leaves it in float.
-      weight_decision, activation_decision: Names of the decisions that choose from the menus.
+      weight_formats: Those of the kernels, anything that `Space` takes; one format is a fixed one.
+      activation_formats: Those of the input; None leaves it in float.
+      weight_decision, activation_decision: Names of the decisions that choose from them.
       clips: `ActivationQuantizer.clip` of its activation quantizers; None: 1.
 
     Raises:

@@ -108,7 +108,7 @@ def test_the_weights_of_the_layer_stay_in_float():
     assert [v.shape for v in quantized.trainable_variables] == [w.shape for w in before]
 
 
-def test_the_menu_is_read_at_every_call():
+def test_the_space_is_read_at_every_call():
     make, shape, axis = LAYERS["Dense"]
     layer, x = built(make, shape), data(shape)
     quantized = Quantized(layer, ["INT2", "INT4"], ["INT4", "INT8"], "of weights", "of input")
@@ -119,12 +119,12 @@ def test_the_menu_is_read_at_every_call():
         np.testing.assert_array_equal(quantized(x), by_hand(fake_quant(x, "INT8")))
 
 
-@pytest.mark.parametrize("menus", [(["INT4", "INT8"], ["INT8"]), (["INT4"], ["INT4", "INT8"]), (["INT4"], ["INT8"])])
-def test_one_side_may_be_fixed(menus):
+@pytest.mark.parametrize("spaces", [(["INT4", "INT8"], ["INT8"]), (["INT4"], ["INT4", "INT8"]), (["INT4"], ["INT8"])])
+def test_one_side_may_be_fixed(spaces):
     make, shape, _ = LAYERS["Dense"]
     layer, x = built(make, shape), data(shape)
-    widest = [[menu[-1]] for menu in menus]
-    np.testing.assert_array_equal(Quantized(layer, *menus)(x), Quantized(layer, *widest)(x))
+    widest = [[space[-1]] for space in spaces]
+    np.testing.assert_array_equal(Quantized(layer, *spaces)(x), Quantized(layer, *widest)(x))
 
 
 # ---- training
@@ -241,11 +241,11 @@ def test_an_unknown_class_is_refused(make):
 
 
 @pytest.mark.parametrize("name", ["Dense", "Conv2D", "EinsumDense"])
-@pytest.mark.parametrize("menus", [(["INT4", "INT8"], ["INT4", "INT8"]), (["INT4"], ["E4M3"]), (["INT4"], None)])
-def test_a_model_of_it_is_the_same_after_saving(tmp_path, name, menus):
+@pytest.mark.parametrize("spaces", [(["INT4", "INT8"], ["INT4", "INT8"]), (["INT4"], ["E4M3"]), (["INT4"], None)])
+def test_a_model_of_it_is_the_same_after_saving(tmp_path, name, spaces):
     make, shape, _ = LAYERS[name]
     inputs = keras.Input(shape)
-    quantized = Quantized(make(name="inside"), *menus, "of weights", "of input", name="outside")
+    quantized = Quantized(make(name="inside"), *spaces, "of weights", "of input", name="outside")
     model = keras.Model(inputs, quantized(inputs))
     x = data(shape)
     model(x, training=True)
@@ -289,7 +289,7 @@ def test_layers_whose_weights_are_not_float32(dtype, make):
     np.testing.assert_allclose(tf.cast(result, tf.float32), tf.cast(expected, tf.float32), rtol=1e-2, atol=1e-2)
 
 
-def test_menus_may_be_iterators():
+def test_formats_may_be_iterators():
     layer = keras.layers.SeparableConv2D(2, 3)
     layer = Quantized(layer, (f for f in ["INT4", "INT8"]), iter(["INT8", "BF16"]))
     assert [q.space.names for q in layer.weight_quantizers] == [("INT4", "INT8")] * 2

@@ -1,6 +1,6 @@
 """Weight and activation quantizers: tensor -> fake-quantized tensor, in the format that a decision has chosen.
 
-A quantizer holds a menu. With one format it is fixed; with several it reads its `choice`, an int32 variable that the
+A quantizer holds a `Space`. With one format it is fixed; with several it reads its `choice`, an int32 variable that the
 search assigns. Either way the same kernel runs, so a format gives the same bits during the search and after it.
 """
 
@@ -38,10 +38,10 @@ def training_step():
 
 
 class Quantizer(keras.layers.Layer):
-    """What weight and activation quantizers share: a menu, and the choice of a format from it.
+    """What weight and activation quantizers share: a space, and the choice of a format from it.
 
     Args:
-      formats: The menu, anything that `Space` takes.
+      formats: To choose from, anything that `Space` takes.
       choice: Variable to read the choice from, of a quantizer that follows the same decision. None: one of its own.
     """
 
@@ -82,7 +82,7 @@ class WeightQuantizer(Quantizer):
     """Quantizes a weight with one scale per output channel, amax taken from the current weight at every step.
 
     Args:
-      formats: The menu, anything that `Space` takes.
+      formats: To choose from, anything that `Space` takes.
       channel_axes: Axes of the weight that hold output channels.
     """
 
@@ -114,7 +114,7 @@ class ActivationQuantizer(Quantizer):
     distribution strategy the batch is that of all replicas.
 
     Args:
-      formats: The menu, anything that `Space` takes. All formats share the range.
+      formats: To choose from, anything that `Space` takes. All formats share the range.
       momentum: Decay of the moving average, per training step (our choice: 0.99).
       clip: Factor on amax, in (0, 1]: less than 1 clips the largest values for the sake of the others. An attribute,
         too: set it on the quantizers of a wrapped model before the training.

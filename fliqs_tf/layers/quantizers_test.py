@@ -9,7 +9,7 @@ from fliqs_tf.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from fliqs_tf.numerics import rounding
 from fliqs_tf.numerics.rounding import fake_quant
 
-MENU = ["INT4", "E4M3", "INT8", "BF16"]
+FORMATS = ["INT4", "E4M3", "INT8", "BF16"]
 WEIGHT = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
 
 
@@ -33,8 +33,8 @@ def test_until_a_search_says_otherwise_the_widest_format():
 
 
 @pytest.mark.parametrize("make", [WeightQuantizer, ActivationQuantizer])
-def test_the_choice_is_an_index_into_the_menu(make):
-    quantizer = make(MENU)
+def test_the_choice_is_an_index_into_the_space(make):
+    quantizer = make(FORMATS)
     for i, name in enumerate(quantizer.space.names):
         quantizer.choice.assign(i)
         np.testing.assert_array_equal(quantizer.format_row(), rounding.row(name))
@@ -47,18 +47,18 @@ def test_one_format_is_fixed_and_has_nothing_to_choose(make):
     np.testing.assert_array_equal(quantizer.format_row(), rounding.row("INT4"))
 
 
-@pytest.mark.parametrize("name", MENU)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_chosen_and_a_fixed_format_give_the_same_bits(name):
-    chosen, fixed = WeightQuantizer(MENU), WeightQuantizer([name])
+    chosen, fixed = WeightQuantizer(FORMATS), WeightQuantizer([name])
     chosen.choice.assign(chosen.space.names.index(name))
     np.testing.assert_array_equal(chosen(WEIGHT), fixed(WEIGHT))
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("name", MENU)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_fixed_format_gives_the_same_bits_in_a_graph(name, jit_compile):
     """What a deployed model runs, against what the search ran."""
-    chosen, fixed = WeightQuantizer(MENU), WeightQuantizer([name])
+    chosen, fixed = WeightQuantizer(FORMATS), WeightQuantizer([name])
     chosen.choice.assign(chosen.space.names.index(name))
     weight = tf.constant(WEIGHT)
     searched = tf.function(lambda w: chosen(w), jit_compile=jit_compile)(weight)
@@ -67,7 +67,7 @@ def test_a_fixed_format_gives_the_same_bits_in_a_graph(name, jit_compile):
 
 
 def test_formats_change_without_a_new_trace():
-    quantizer, traces = WeightQuantizer(MENU), []
+    quantizer, traces = WeightQuantizer(FORMATS), []
 
     @tf.function
     def quantize(x):
@@ -81,7 +81,7 @@ def test_formats_change_without_a_new_trace():
 
 
 def test_nothing_of_a_quantizer_is_trained():
-    quantizer = ActivationQuantizer(MENU)
+    quantizer = ActivationQuantizer(FORMATS)
     assert quantizer.trainable_variables == []
     assert {v.name.split("/")[-1].split(":")[0] for v in quantizer.variables} >= {"choice", "range"}
 
@@ -161,7 +161,7 @@ def test_a_frozen_quantizer_keeps_a_range_that_has_settled():
 
 
 def test_all_formats_share_the_range():
-    quantizer = ActivationQuantizer(MENU, momentum=0.5)
+    quantizer = ActivationQuantizer(FORMATS, momentum=0.5)
     for i, amax in enumerate([4.0, 2.0, 8.0]):
         quantizer.choice.assign(i)
         steps(quantizer, amax)
@@ -217,9 +217,9 @@ def test_wrong_options_are_refused(options, why):
 @pytest.mark.parametrize(
     "quantizer",
     [
-        WeightQuantizer(MENU, (-2, -1), name="of_weights"),
+        WeightQuantizer(FORMATS, (-2, -1), name="of_weights"),
         WeightQuantizer(["INT8"]),
-        ActivationQuantizer(MENU, momentum=0.9, clip=0.75, name="of_input"),
+        ActivationQuantizer(FORMATS, momentum=0.9, clip=0.75, name="of_input"),
     ],
 )
 def test_configuration_round_trips(quantizer):

@@ -17,7 +17,7 @@ from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer
 
-# Of the name of a quantizer that is a layer of its own: "add_carrier" stands behind "add".
+# Of the name of a boundary quantizer, in files too: "add_carrier" stands behind "add".
 SUFFIX = "_carrier"
 # Batches to take from a data set of any length: 32 are worth 28 % of a range (momentum 0.99), the rest is training's.
 BATCHES = 32
@@ -32,8 +32,8 @@ def activation_quantizers(model: keras.Model) -> Iterator[tuple[str, ActivationQ
             for place, quantizer in zip(("the input of", "the one inside"), layer.activation_quantizers):
                 yield f"{place} {path!r}", quantizer
         elif isinstance(layer, Product):
-            yield f"what {path!r} holds", layer.weight_quantizers[0]
-            yield f"what streams into {path!r}", layer.activation_quantizer
+            yield f"the stationary operand of {path!r}", layer.weight_quantizers[0]
+            yield f"the moving operand of {path!r}", layer.activation_quantizer
 
 
 def unseen(model: keras.Model) -> dict[str, ActivationQuantizer]:

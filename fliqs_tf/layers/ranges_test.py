@@ -213,7 +213,7 @@ def attention():
 def test_every_kind_of_quantizer():
     fixed = fliqs_tf.apply(attention(), "INT8", attention_scores=True)
     names = list(ranges.unseen(fixed))
-    assert "what 'mha/scores' holds" in names and "what streams into 'mha/context'" in names
+    assert "the stationary operand of 'mha/scores'" in names and "the moving operand of 'mha/context'" in names
     ranges.calibrate(fixed, [np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)])
     assert ranges.unseen(fixed) == {}
     separable = keras.Sequential([L.Input((4, 4, 1)), L.SeparableConv2D(2, 3, name="conv")])

@@ -88,7 +88,7 @@ class KernelRounding(_Rounding):
 ROUNDINGS = (AccumulatorRounding, KernelRounding)
 
 
-def once(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]:
+def single_rounding(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]:
     """Class and state of the rounding of XNNPACK's int8 kernels.
 
     Args:
@@ -100,8 +100,8 @@ def once(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]
     return AccumulatorRounding, {"unit": unit, "multiplier": unit / scale, "scale": scale}
 
 
-def twice(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]:
-    """Class and state of the rounding of LiteRT's int4 kernels; arguments as for `once`."""
+def double_rounding(source: float, weights: np.ndarray, target: float) -> tuple[type, dict]:
+    """Class and state of the rounding of LiteRT's int4 kernels; arguments as for `single_rounding`."""
     weights = weights.astype(np.float32)
     # The power of two at or above the multiplier, at most 1.
     _, exponents = np.frexp(float(source) * weights.astype(np.float64) / float(target))
@@ -109,7 +109,7 @@ def twice(source: float, weights: np.ndarray, target: float) -> tuple[type, dict
     return KernelRounding, {"unit": np.float32(source) * weights, "grain": grain}
 
 
-def behind(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type, dict]]]) -> keras.Model:
+def insert(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type, dict]]]) -> keras.Model:
     """A copy of a model that rounds behind the calls of its layers.
 
     A layer inside of a network that is called several times can round in one way only: where the calls of the network
@@ -117,7 +117,8 @@ def behind(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type,
 
     Args:
       model: Functional or Sequential.
-      roundings: (path of a layer, which of its calls) -> what `once` or `twice` gave, for each call of the network.
+      roundings: (path of a layer, which of its calls) -> what `single_rounding` or `double_rounding` gave, for each
+        call of the network.
     """
     times = collections.Counter((call.path, call.index) for call in dataflow.read(model).calls)
     added, states = {}, {}
@@ -127,8 +128,10 @@ def behind(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type,
             name = f"{path.replace('/', '_')}_kernel" + (f"_{index}" if index else "")
             added[path, index] = [kind(len(state["unit"]), name=name)]
             states[name] = state
-    carried = shared_ranges.has_carriers(model)
-    copy = rewriting.with_added(model, added, kinds=shared_ranges.KINDS if carried else (keras.Model, keras.Sequential))
+    with_boundaries = shared_ranges.has_boundary_quantizers(model)
+    copy = rewriting.with_added(
+        model, added, kinds=shared_ranges.KINDS if with_boundaries else (keras.Model, keras.Sequential)
+    )
     for _, layer in walking.walk(copy):
         for attribute, value in states.get(layer.name, {}).items():
             getattr(layer, attribute).assign(value)

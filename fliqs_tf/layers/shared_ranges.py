@@ -1,6 +1,6 @@
 """Int8 tensors between layers, as layers: an `ActivationQuantizer` in a network, whose range its readers share.
 
-Such a quantizer is a carrier, see `fliqs_tf.export.boundaries`, which puts them in. A layer that reads its codes must
+Such a quantizer is a boundary quantizer; `fliqs_tf.export.boundaries` puts them in. A layer that reads its codes must
 quantize its input with the same range, in training too.
 """
 
@@ -12,13 +12,13 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
 
-def has_carriers(model: keras.Model) -> bool:
+def has_boundary_quantizers(model: keras.Model) -> bool:
     """True if int8 tensors between layers are simulated."""
     return any(isinstance(layer, ActivationQuantizer) for _, layer in walking.walk(model))
 
 
 def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
-    """(carrier, input quantizer of a layer that reads its codes): one range serves both."""
+    """(boundary quantizer, input quantizer of a layer that reads its codes): one range serves both."""
     graph = dataflow.read(model)
     source: dict[int, ActivationQuantizer] = {}
     found = []
@@ -26,7 +26,7 @@ def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQ
         if isinstance(call.layer, ActivationQuantizer):
             source[call.output] = call.layer
         elif len(call.inputs) == 1 and call.inputs[0] in source:
-            if commuting.commutes(call.layer):
+            if commuting.is_quantization_invariant(call.layer):
                 source[call.output] = source[call.inputs[0]]
             elif isinstance(call.layer, Quantized) and call.layer.activation_quantizer is not None:
                 found.append((source[call.inputs[0]], call.layer.activation_quantizer))
@@ -34,16 +34,16 @@ def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQ
 
 
 def link(model: keras.Model) -> None:
-    """Makes input quantizers take the range of the carrier that they read, during training too.
+    """Makes input quantizers take the range of the boundary quantizer that they read, during training too.
 
     Two ranges for the same codes would cost a rounding between them. Linking again changes nothing.
     """
-    for carrier, quantizer in followers(model):
-        quantizer.follow(carrier)
+    for boundary, quantizer in followers(model):
+        quantizer.follow(boundary)
 
 
 class _Linked:
-    """A network with carriers. Made from its configuration, by loading for instance, it has its shared ranges again."""
+    """A network with boundary quantizers, whose ranges are shared again when it is made from its configuration."""
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -53,15 +53,15 @@ class _Linked:
         return model
 
 
-@keras.saving.register_keras_serializable("fliqs_tf")
-class CarrierModel(_Linked, keras.Model):
-    """A Functional model with carriers."""
+@keras.saving.register_keras_serializable("fliqs_tf", name="CarrierModel")  # the name in files
+class BoundaryModel(_Linked, keras.Model):
+    """A Functional model with boundary quantizers."""
 
 
-@keras.saving.register_keras_serializable("fliqs_tf")
-class CarrierSequential(_Linked, keras.Sequential):
-    """A Sequential model with carriers."""
+@keras.saving.register_keras_serializable("fliqs_tf", name="CarrierSequential")
+class BoundarySequential(_Linked, keras.Sequential):
+    """A Sequential model with boundary quantizers."""
 
 
-KINDS = (CarrierModel, CarrierSequential)
-"""The Functional and the Sequential form of a network with carriers."""
+KINDS = (BoundaryModel, BoundarySequential)
+"""The Functional and the Sequential form of a network with boundary quantizers."""

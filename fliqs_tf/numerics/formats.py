@@ -1,7 +1,7 @@
 """Number formats: what values a weight or an activation may take.
 
 A `Format` is data. Every format of the package is described by three numbers that the one rounding
-kernel (`fliqs_tf.numerics.rounding`) looks up at run time:
+function (`fliqs_tf.numerics.rounding`) looks up at run time:
 
 * `mantissa_bits` y: fraction bits kept for a normal value,
 * `min_exponent` e0: exponent of the lowest binade; below it the step no longer shrinks,

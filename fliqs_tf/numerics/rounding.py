@@ -1,9 +1,9 @@
-"""The one rounding kernel and its gradient: the only place that rounds.
+"""The one rounding function and its gradient: the only place that rounds.
 
 One elementwise function serves every format. What differs between formats is a row of six numbers, looked up at
 run time, so that a format can change from step to step without a new trace, a branch or a copy of the weights.
 
-With t = x / scale, the kernel gives sign(t) * r(min(|t|, limit)) * scale, where r rounds to nearest, ties to even:
+With t = x / scale, the function gives sign(t) * r(min(|t|, limit)) * scale, where r rounds to nearest, ties to even:
 
 * in the lowest binade, |t| < 2^(e0 + 1): to multiples of the step 2^(e0 - y);
 * above it: to y fraction bits, on the bit pattern of t.
@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from fliqs_tf.numerics.formats import Format
 
-# Columns of a row that describes a format to the kernel.
+# Columns of a row that describes a format to the rounding function.
 _COLUMNS = ("max", "limit", "threshold", "step", "shift", "scaled")
 ROW_SIZE = len(_COLUMNS)
 
@@ -33,7 +33,7 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def row(fmt: Format | str) -> np.ndarray:
-    """What the kernel must know of a format.
+    """What the rounding function must know of a format.
 
     Args:
       fmt: A format or its name.
@@ -52,7 +52,7 @@ def row(fmt: Format | str) -> np.ndarray:
 
 
 def _quantize(x, amax, format_row):
-    """The kernel: float32 x, amax broadcastable to x, format_row [ROW_SIZE] -> float32 like x."""
+    """The rounding function: float32 x, amax broadcastable to x, format_row [ROW_SIZE] -> float32 like x."""
     largest, limit, threshold, step, shift, scaled = tf.unstack(format_row, num=ROW_SIZE)
     scale = tf.where(scaled > 0, tf.maximum(amax / largest, _SMALLEST_NORMAL), 1.0)
     t = x / scale
@@ -73,8 +73,8 @@ def _quantize(x, amax, format_row):
     return tf.where(tf.math.is_nan(t), t, rounded * scale)
 
 
-# Both are traced once, with shapes left open, and are one operation in the graph of a network. Compiled, the kernel
-# reads and writes memory once; but XLA compiles for every shape that it meets.
+# Both are traced once, with shapes left open, and are one operation in the graph of a network. Compiled, the
+# function reads and writes memory once; but XLA compiles for every shape that it meets.
 _SIGNATURE = [tf.TensorSpec(None, tf.float32), tf.TensorSpec(None, tf.float32), tf.TensorSpec([ROW_SIZE], tf.float32)]
 _quantize_plain = tf.function(_quantize, input_signature=_SIGNATURE, autograph=False)
 _quantize_compiled = tf.function(_quantize, input_signature=_SIGNATURE, autograph=False, jit_compile=True)

@@ -1,4 +1,4 @@
-"""The rounding kernel against ml_dtypes, gfloat and a search in the table of values."""
+"""The rounding function against ml_dtypes, gfloat and a search in the table of values."""
 
 import doctest
 import functools
@@ -23,7 +23,7 @@ ALL = [*SCALED, "BF16", "FP32"]
 FEW = ["INT2", "INT4", "INT8", "INT16", "E1M0", "E2M1", "E3M0", "E4M3", "E5M2", "E5M10", "BF16", "FP32"]
 TINY = np.finfo(np.float32).tiny
 
-# XLA compiles the kernel once per shape: every test uses one of a few sizes.
+# XLA compiles the function once per shape: every test uses one of a few sizes.
 SIZES = (16, 4096, 2**17)
 
 

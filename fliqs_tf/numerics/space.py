@@ -20,17 +20,17 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """An ordered menu of formats: narrow to wide, and within a width coarse to fine.
+    """The formats to choose from, ordered: narrow to wide, and within a width coarse to fine.
 
     >>> [str(f) for f in Space(["INT8", "INT4"]).formats]
     ['INT4', 'INT8']
 
     Args:
       formats: The name of a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT", "FLIQS-L-FLOAT", "MIXED"), or
-        formats and format names in any order. One format is a menu too: a layer that is fixed to it.
+        formats and format names in any order. One format is a space too: of a layer that is fixed to it.
 
     Raises:
-      ValueError: Unknown preset or format, an empty menu, or a format given twice.
+      ValueError: Unknown preset or format, no format, or a format given twice.
     """
 
     formats: tuple[Format, ...]
@@ -40,30 +40,30 @@ class Space:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Format names in menu order."""
+        """Format names in order."""
         return tuple(f.name for f in self.formats)
 
     def __len__(self) -> int:
         return len(self.formats)
 
 
-def _ordered(menu: str | Space | Iterable[str | Format]) -> tuple[Format, ...]:
-    if isinstance(menu, Space):
-        return menu.formats
-    if isinstance(menu, (str, Format)):
-        key = str(menu).strip().upper()
+def _ordered(space: str | Space | Iterable[str | Format]) -> tuple[Format, ...]:
+    if isinstance(space, Space):
+        return space.formats
+    if isinstance(space, (str, Format)):
+        key = str(space).strip().upper()
         if key not in PRESETS:
             raise ValueError(
-                f"Unknown space {str(menu)!r}; presets: {', '.join(PRESETS)}. For formats of your own give a list, "
+                f"Unknown space {str(space)!r}; presets: {', '.join(PRESETS)}. For formats of your own give a list, "
                 f"for example ['INT4', 'INT8']."
             )
-        menu = PRESETS[key]
-    if not isinstance(menu, Iterable):
-        raise ValueError(f"A menu is the name of a preset or a list of formats, got {menu!r}.")
-    formats = [Format(f) for f in menu]
+        space = PRESETS[key]
+    if not isinstance(space, Iterable):
+        raise ValueError(f"A space is the name of a preset or a list of formats, got {space!r}.")
+    formats = [Format(f) for f in space]
     if not formats:
-        raise ValueError("A menu needs at least one format, got none. To leave layers in float use a rule with None.")
+        raise ValueError("A space needs at least one format, got none. To leave layers in float use a rule with None.")
     duplicates = sorted({f.name for f in formats if formats.count(f) > 1})
     if duplicates:
-        raise ValueError(f"A menu names each format once, got {', '.join(duplicates)} more than once.")
+        raise ValueError(f"A space names each format once, got {', '.join(duplicates)} more than once.")
     return tuple(sorted(formats, key=lambda f: (f.bits, -f.noise())))

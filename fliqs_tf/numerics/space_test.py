@@ -1,4 +1,4 @@
-"""Menus: presets, order, and what is refused."""
+"""Spaces: presets, order, and what is refused."""
 
 import doctest
 
@@ -46,12 +46,12 @@ def test_a_preset_in_any_spelling():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_menus_go_from_narrow_to_wide(preset):
+def test_spaces_go_from_narrow_to_wide(preset):
     bits = [fmt.bits for fmt in Space(preset).formats]
     assert bits == sorted(bits)
 
 
-def test_within_a_width_menus_go_from_coarse_to_fine():
+def test_within_a_width_spaces_go_from_coarse_to_fine():
     """Gaussian data has no use for a wide range: mantissa bits are what it needs."""
     assert Space(["E2M5", "E5M2", "E4M3", "E3M4", "INT8"]).names == ("E5M2", "E4M3", "E3M4", "INT8", "E2M5")
     assert Space(["BF16", "INT16", "E5M10"]).names == ("BF16", "E5M10", "INT16")
@@ -62,12 +62,12 @@ def test_the_order_given_does_not_matter():
     assert hash(Space(["INT8", "INT4"])) == hash(Space(["INT4", "INT8"]))
 
 
-def test_one_format_is_a_menu():
+def test_one_format_is_a_space():
     assert Space(["INT8"]).names == ("INT8",)
 
 
 @pytest.mark.parametrize(
-    "menu, why",
+    "formats, why",
     [
         ("FLIQS-XL", "Unknown space 'FLIQS-XL'; presets: FLIQS-S-INT, .*give a list"),
         ("INT8", "Unknown space 'INT8'"),
@@ -82,6 +82,6 @@ def test_one_format_is_a_menu():
         (8, "name of a preset or a list of formats, got 8"),
     ],
 )
-def test_a_wrong_menu_is_refused(menu, why):
+def test_a_wrong_space_is_refused(formats, why):
     with pytest.raises(ValueError, match=why):
-        Space(menu)
+        Space(formats)

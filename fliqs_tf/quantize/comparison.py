@@ -157,7 +157,7 @@ def _first_difference(original, copy, example, tolerance: float) -> str:
     expected, found = recorded
     for path, outputs in expected.items():
         if outputs and path in found and not _agree(outputs, found[path], tolerance):
-            layer = walking.inside(dict(walking.walk(original))[path])
+            layer = walking.unwrapped(dict(walking.walk(original))[path])
             return f"layer {path!r} of class {type(layer).__name__}"
     return "what is between its layers"
 

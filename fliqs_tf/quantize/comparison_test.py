@@ -13,7 +13,7 @@ from fliqs_tf._keras import keras
 from fliqs_tf.quantize import comparison
 
 L = keras.layers
-MENU = ["INT4", "INT8"]  # nothing of it computes what floats do
+FORMATS = ["INT4", "INT8"]  # nothing of it computes what floats do
 
 
 class Scale(L.Layer):
@@ -38,7 +38,7 @@ def scaled(factor):
 
 @pytest.mark.parametrize(
     "convert",
-    [lambda m: fliqs_tf.wrap(m, MENU), lambda m: fliqs_tf.apply(m, "INT8"), lambda m: fliqs_tf.apply(m, "FP32")],
+    [lambda m: fliqs_tf.wrap(m, FORMATS), lambda m: fliqs_tf.apply(m, "INT8"), lambda m: fliqs_tf.apply(m, "FP32")],
 )
 def test_a_layer_whose_config_does_not_describe_it_is_named(convert):
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_a_layer_whose_config_does_not_describe_it_is_named(convert):
 
 
 def test_a_deployed_model_is_compared_with_the_searched_one():
-    wrapped = fliqs_tf.wrap(scaled(1.0), MENU)
+    wrapped = fliqs_tf.wrap(scaled(1.0), FORMATS)
     wrapped.network.get_layer("scale").composite_layer.factor = 2.0
     with pytest.raises(ValueError, match="first in layer 'scale'"):
         wrapped.deploy(fliqs_tf.Recipe({d.name: "INT8" for d in wrapped.decisions}))

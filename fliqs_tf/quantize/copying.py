@@ -14,7 +14,7 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.quantize import comparison
 
 
-def placed(layer, original, arguments: dict):
+def replacement(layer, original, arguments: dict):
     """What takes the place of a layer in a copy of a network.
 
     Args:
@@ -38,17 +38,17 @@ def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.M
 
     Args:
       network: The original.
-      arguments: See `placed`.
+      arguments: See `replacement`.
       copies: {id of a layer: its copy} so far; a layer that is there already is not copied again.
     """
 
     def copy_of(layer):
-        layer = walking.content(layer)
+        layer = walking.unwrapped_tfmot(layer)
         if id(layer) not in copies:
             if walking.is_network(layer):
                 copies[id(layer)] = network_copy(layer, arguments, copies)
             else:
-                copies[id(layer)] = placed(of_layer(layer), layer, arguments)
+                copies[id(layer)] = replacement(of_layer(layer), layer, arguments)
         return copies[id(layer)]
 
     return clone(network, copy_of)
@@ -72,7 +72,7 @@ def quantized_copy(model: keras.Model, arguments: dict, input_shape=None) -> ker
 
     Args:
       model: The original, quantized or not.
-      arguments: See `placed`.
+      arguments: See `replacement`.
       input_shape: See `tracing.input_specs`; for a model that is not a network.
 
     Returns:
@@ -81,7 +81,7 @@ def quantized_copy(model: keras.Model, arguments: dict, input_shape=None) -> ker
     if walking.is_network(model):
         copy = network_copy(model, arguments, {})
     else:
-        layer = placed(copies.of_layer(model), model, arguments)
+        layer = replacement(copies.of_layer(model), model, arguments)
         # A graph knows what it leaves open; the shape of an example is for counting.
         copy = _network_of(layer, tracing.input_specs(model, None if walking.is_graph(model) else input_shape))
     originals, made = _layers_of(model), _layers_of(copy)
@@ -98,8 +98,8 @@ def quantized_copy(model: keras.Model, arguments: dict, input_shape=None) -> ker
         copies.keep_trainable(layer, made[path])
     copies.keep_trainable(model, copy)
     for wrapper in copy._flatten_layers():
-        wrapper._trainable = walking.inside(wrapper).trainable
-    if shared_ranges.has_carriers(copy):
+        wrapper._trainable = walking.unwrapped(wrapper).trainable
+    if shared_ranges.has_boundary_quantizers(copy):
         shared_ranges.link(copy)
     comparison.check(model, copy, input_shape)
     return copy
@@ -141,5 +141,5 @@ def _copy_state(layer, copy) -> None:
         copy.weight_quantizers[0].range.assign(layer.weight_quantizers[0].range)
         copy.weight_quantizers[0].clip = layer.weight_quantizers[0].clip
         return
-    copies.keep_functions(walking.inside(layer), walking.inside(copy))
-    copies.keep_weights(walking.inside(layer), walking.inside(copy))
+    copies.keep_functions(walking.unwrapped(layer), walking.unwrapped(copy))
+    copies.keep_weights(walking.unwrapped(layer), walking.unwrapped(copy))

@@ -18,7 +18,7 @@ class Decision:
 
     Attributes:
       name: "conv1", or "conv1/weights" and "conv1/activations" if these are chosen apart.
-      space: The menu.
+      space: The formats to choose from.
       quantizers: Those that follow the decision.
       layers: Paths of their layers.
     """
@@ -39,8 +39,8 @@ class Decision:
         return list({id(q.choice): q.choice for q in self.quantizers}.values())
 
 
-def decisions(network: keras.Model) -> list[Decision]:
-    """What is left to decide in a quantized network, in network order. Menus of one format decide nothing."""
+def open_decisions(network: keras.Model) -> list[Decision]:
+    """What is left to decide in a quantized network, in network order. Spaces of one format decide nothing."""
     found: dict[str, Decision] = {}
     for path, layer in walking.walk(network):
         if isinstance(layer, (Quantized, Product)):

@@ -33,7 +33,7 @@ def quantized_network(
 
     Args:
       model, space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
-      input_space: With tensors="separate": menu of the inputs, where it is not that of the weights.
+      input_space: With tensors="separate": space of the inputs, where it is not that of the weights.
     """
     spaces = (space := Space(space), space if input_space is None else Space(input_space))
     layers = layers_to_quantize(model, embeddings, attention_scores)
@@ -45,12 +45,12 @@ def quantized_network(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
             "take tensors='together' or 'separate'."
         )
-    plans = rules_lib.plan(
+    quantizations = rules_lib.layer_quantizations(
         [path for path, _ in layers], walking.annotations(model), spaces, rules, granularity, tensors
     )
-    _log_left_in_float(model, plans)
+    _log_left_in_float(model, quantizations)
     return copying.quantized_copy(
-        model, {key: plans[path].arguments() for path, key in layers if path in plans}, input_shape
+        model, {key: quantizations[path].arguments() for path, key in layers if path in quantizations}, input_shape
     )
 
 

@@ -14,13 +14,13 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.numerics.space import Space
 from fliqs_tf.quantize import copying
-from fliqs_tf.quantize.decisions import decisions
+from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
 
 L = keras.layers
-MENU = ["INT4", "INT8"]
+FORMATS = ["INT4", "INT8"]
 OTHER = ["E2M1", "E4M3", "BF16"]
 
 
@@ -40,10 +40,10 @@ def convolutional():
     return keras.Model(inputs, L.Dense(5, name="fc")(x), name="net")
 
 
-def decided(model, space=MENU, **options):
-    """{decision: (menu, layers)}"""
+def decided(model, space=FORMATS, **options):
+    """{decision: (formats, layers)}"""
     network = quantized_network(model, space, **options)
-    return {d.name: (d.options, d.layers) for d in decisions(network)}
+    return {d.name: (d.options, d.layers) for d in open_decisions(network)}
 
 
 def randomized(model, seed=0):
@@ -58,7 +58,7 @@ def outputs(model, seed=0):
 
 
 def choose(network, formats):
-    for decision in decisions(network):
+    for decision in open_decisions(network):
         for quantizer in decision.quantizers:
             quantizer.choice.assign(decision.options.index(formats[decision.name]))
 
@@ -75,8 +75,8 @@ def test_one_decision_for_the_model():
 
 
 def test_weights_only():
-    network = quantized_network(dense_chain("a"), MENU, tensors="weights")
-    (decision,) = decisions(network)
+    network = quantized_network(dense_chain("a"), FORMATS, tensors="weights")
+    (decision,) = open_decisions(network)
     assert (decision.name, len(decision.quantizers)) == ("a", 1)
     assert network.get_layer("a").activation_quantizers == []
 
@@ -93,7 +93,7 @@ def test_weights_and_activations_apart():
 
 
 def test_a_decision_sets_weights_and_input():
-    network = quantized_network(randomized(dense_chain("a")), MENU)
+    network = quantized_network(randomized(dense_chain("a")), FORMATS)
     choose(network, {"a": "INT4"})
     kernel, bias = network.get_layer("a").quantized_layer.get_weights()
     x = tf.constant([[0.3, -1.2, 0.7]])
@@ -104,7 +104,7 @@ def test_a_decision_sets_weights_and_input():
 def test_a_separable_convolution_is_one_decision_of_four_tensors():
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, L.SeparableConv2D(4, 3, name="conv")(inputs))
-    (decision,) = decisions(quantized_network(model, MENU))
+    (decision,) = open_decisions(quantized_network(model, FORMATS))
     assert (decision.layers, len(decision.quantizers)) == (["conv"], 4)
 
 
@@ -119,14 +119,14 @@ def test_a_rule_restricts():
 
 
 def test_a_rule_of_one_format_fixes():
-    network = quantized_network(dense_chain("a", "b"), MENU, rules=[("a", ["INT8"])])
-    assert [d.name for d in decisions(network)] == ["b"]
+    network = quantized_network(dense_chain("a", "b"), FORMATS, rules=[("a", ["INT8"])])
+    assert [d.name for d in open_decisions(network)] == ["b"]
     assert network.get_layer("a").weight_quantizers[0].space == Space(["INT8"])
 
 
 def test_a_rule_leaves_in_float():
-    network = quantized_network(dense_chain("a", "b"), MENU, rules=[("a", None)])
-    assert [d.name for d in decisions(network)] == ["b"]
+    network = quantized_network(dense_chain("a", "b"), FORMATS, rules=[("a", None)])
+    assert [d.name for d in open_decisions(network)] == ["b"]
     assert type(network.get_layer("a")) is L.Dense
 
 
@@ -136,7 +136,7 @@ def test_the_last_rule_that_matches_wins():
         "a": (("E2M1", "E4M3", "BF16"), ["a"]),
         "b": (("INT4", "BF16"), ["b"]),
     }
-    assert decided(dense_chain("a", "b"), rules=[("b", OTHER), ("", None), ("a", MENU)]) == {
+    assert decided(dense_chain("a", "b"), rules=[("b", OTHER), ("", None), ("a", FORMATS)]) == {
         "a": (("INT4", "INT8"), ["a"])
     }
 
@@ -149,7 +149,7 @@ def test_a_rule_ties():
     }
 
 
-def test_a_rule_ties_with_a_menu_of_its_own():
+def test_a_rule_ties_with_formats_of_its_own():
     assert decided(stages(), rules=[Rule("^stage1", OTHER, tie="first"), Rule("^stage2|head", None)]) == {
         "first": (("E2M1", "E4M3", "BF16"), ["stage1_a", "stage1_b"])
     }
@@ -172,15 +172,15 @@ def test_one_decision_for_the_model_but_for_what_rules_say():
     }
 
 
-def test_menus_and_rules_may_be_iterators():
+def test_formats_and_rules_may_be_iterators():
     rules = (rule for rule in [("^a$", (name for name in OTHER)), Rule("b", iter(["INT4", "BF16"]))])
-    assert decided(dense_chain("a", "b", "c"), iter(MENU), rules=rules) == {
+    assert decided(dense_chain("a", "b", "c"), iter(FORMATS), rules=rules) == {
         "a": (("E2M1", "E4M3", "BF16"), ["a"]),
         "b": (("INT4", "BF16"), ["b"]),
         "c": (("INT4", "INT8"), ["c"]),
     }
     wrapped = fliqs_tf.wrap(
-        dense_chain("a", "b"), iter(MENU), (r for r in [("a", None)]), profile=None, target="onnx", tensors="weights"
+        dense_chain("a", "b"), iter(FORMATS), (r for r in [("a", None)]), profile=None, target="onnx", tensors="weights"
     )
     assert [(d.name, d.options) for d in wrapped.decisions] == [("b", ("INT4", "INT8"))]
 
@@ -204,7 +204,7 @@ def test_a_wrapped_model_in_fp32_computes_what_the_model_does():
 def test_the_original_stays_as_it_was():
     model = randomized(convolutional())
     layers, weights, before = list(model.layers), model.get_weights(), outputs(model)
-    network = quantized_network(model, MENU)
+    network = quantized_network(model, FORMATS)
     network.compile("sgd", "mse")
     network.fit(np.ones((4, 8, 8, 3)), np.ones((4, 5)), verbose=0)
     assert all(a is b for a, b in zip(model.layers, layers))
@@ -217,7 +217,7 @@ def test_the_original_stays_as_it_was():
 def test_weights_statistics_names_and_what_is_frozen_are_copied():
     model = randomized(convolutional())
     model.get_layer("conv").trainable = False
-    network = quantized_network(model, MENU)
+    network = quantized_network(model, FORMATS)
     assert network.name == "net"
     assert [layer.name for layer in network.layers] == [layer.name for layer in model.layers]
     for name in ("bn", "conv", "fc"):
@@ -233,7 +233,7 @@ def test_nested_models_and_shared_layers():
     inputs = keras.Input((3,))
     model = randomized(keras.Model(inputs, [shared(inner(inner(inputs))), L.Dense(3, name="fc")(inputs)]))
     network = quantized_network(model, ["INT4", "FP32"])
-    found = {d.name: d for d in decisions(network)}
+    found = {d.name: d for d in open_decisions(network)}
     assert {name: d.layers for name, d in found.items()} == {
         "inner/fc": ["inner/fc"],
         "inner/shared": ["inner/shared"],
@@ -275,7 +275,7 @@ def test_layers_of_unknown_classes_stay_in_float_and_are_listed_in_one_line(capl
 
 def test_nothing_is_listed_if_all_is_known(caplog):
     with caplog.at_level(logging.WARNING, "fliqs_tf"):
-        quantized_network(convolutional(), MENU)
+        quantized_network(convolutional(), FORMATS)
     assert caplog.records == []
 
 
@@ -304,7 +304,7 @@ def test_nothing_is_listed_if_all_is_known(caplog):
         ({"rules": "fc"}, "rules must be a list .*got 'fc'"),
         ({"rules": Rule("fc")}, "rules must be a list .*got Rule"),
         ({"rules": [{"pattern": "fc"}]}, "A rule is .*got {'pattern': 'fc'}"),
-        ({"rules": [("fc", MENU, "tie", 4)]}, "A rule is .*got"),
+        ({"rules": [("fc", FORMATS, "tie", 4)]}, "A rule is .*got"),
         ({"rules": [Rule("fc", tie=r"\2")]}, r"Rule 'fc': tie '.*2' .*invalid group reference"),
         ({"rules": [Rule("(x)?fc", tie=r"\1")]}, r"Rule .*: tie '.*1' gives no name for layer 'fc'"),
         ({"rules": [Rule("fc", OTHER), Rule("", tie="all")]}, "'conv' and 'fc' are tied into the decision 'all' but"),
@@ -314,7 +314,7 @@ def test_nothing_is_listed_if_all_is_known(caplog):
 )
 def test_wrong_arguments(options, why):
     with pytest.raises(ValueError, match=why):
-        quantized_network(convolutional(), **{"space": MENU, **options})
+        quantized_network(convolutional(), **{"space": FORMATS, **options})
 
 
 class Subclassed(keras.Model):
@@ -326,7 +326,7 @@ class Subclassed(keras.Model):
         return self.fc(x)
 
 
-@pytest.mark.parametrize("convert", [lambda m: quantized_network(m, MENU), lambda m: wrapping.apply(m, "INT4")])
+@pytest.mark.parametrize("convert", [lambda m: quantized_network(m, FORMATS), lambda m: wrapping.apply(m, "INT4")])
 def test_models_that_cannot_be_quantized(convert):
     with pytest.raises(ValueError, match="has nothing to quantize: none of its layers is a Dense, Conv1D"):
         convert(keras.Sequential([keras.Input((3,)), L.ReLU()], name="net"))
@@ -335,7 +335,7 @@ def test_models_that_cannot_be_quantized(convert):
     with pytest.raises(ValueError, match="is not built"):
         convert(Subclassed())
     with pytest.raises(ValueError, match="'net' is quantized already; give the float model"):
-        convert(quantized_network(convolutional(), MENU))
+        convert(quantized_network(convolutional(), FORMATS))
     with pytest.raises(TypeError, match="Expected a tf.keras model, got list"):
         convert([1])
 
@@ -345,7 +345,7 @@ def test_a_model_of_the_other_keras():
     model = other.Sequential([other.Input((3,)), other.layers.Dense(2)])
     switch = "set TF_USE_LEGACY_KERAS=1" if IS_KERAS_3 else "unset TF_USE_LEGACY_KERAS"
     with pytest.raises(TypeError, match=f"is a model of .*but tf.keras is .*{switch} before Python starts"):
-        quantized_network(model, MENU)
+        quantized_network(model, FORMATS)
 
 
 def test_a_rule_cannot_be_changed():
@@ -413,12 +413,12 @@ def test_recipes_of_every_kind(recipe, options, expected):
     """Applied to the float model, and fixed in the searched one: the same formats, decisions and outputs."""
     model = randomized(dense_chain("a", "b"))
     applied = wrapping.apply(model, recipe)
-    searched = quantized_network(model, MENU, **options)
+    searched = quantized_network(model, FORMATS, **options)
     fixed = copying.fixed(searched, recipe.formats)
     choose(searched, recipe.formats)
     for network in (applied, fixed):
         assert formats_of(network) == expected
-        assert decisions(network) == []
+        assert open_decisions(network) == []
         np.testing.assert_array_equal(outputs(network), outputs(searched))
     for path in expected:
         a, b = applied.get_layer(path), fixed.get_layer(path)
@@ -461,7 +461,7 @@ def test_recipes_that_do_not_fit(recipe, why):
 
 def test_fixing_keeps_weights_ranges_and_what_was_fixed_already():
     model = randomized(convolutional())
-    network = quantized_network(model, MENU, rules=[("conv", ["E4M3"])])
+    network = quantized_network(model, FORMATS, rules=[("conv", ["E4M3"])])
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
     network(x, training=True)
     choose(network, {"fc": "INT4"})
@@ -493,7 +493,7 @@ class TrainsItself(keras.Model):
         return super().compute_loss(*args, **kwargs)
 
 
-@pytest.mark.parametrize("quantize", [lambda m: quantized_network(m, MENU), lambda m: wrapping.apply(m, "INT8")])
+@pytest.mark.parametrize("quantize", [lambda m: quantized_network(m, FORMATS), lambda m: wrapping.apply(m, "INT8")])
 def test_a_training_step_of_its_own_is_not_taken_over_and_that_is_told(quantize, caplog):
     inputs = keras.Input((4,))
     outputs = L.Dense(2)(inputs)

@@ -25,7 +25,7 @@ class Rule:
 
     Args:
       pattern: Regular expression, searched (not anchored) in the layer path.
-      formats: A menu for these layers, or None to leave them in float. Default: the menu stays.
+      formats: The formats of these layers, or None to leave them in float. Default: they stay as they are.
       tie: Name of one decision for all of them; may refer to groups of the pattern. Rule(r"^(stage\d)_", tie=r"\1")
         makes one decision per stage.
     """
@@ -46,8 +46,8 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How one layer is quantized: menus of its weights and of its input (None: stays in float), and the decisions."""
+class LayerQuantization:
+    """How one layer is quantized: spaces of its weights and of its input (None: stays in float), and the decisions."""
 
     space: Space
     input_space: Space | None
@@ -61,14 +61,14 @@ class Plan:
         return dict(zip(composite.ARGUMENTS, values))
 
 
-def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, Plan]:
-    """How each layer is quantized: layer path -> plan, without those that stay in float.
+def layer_quantizations(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, LayerQuantization]:
+    """How each layer is quantized: layer path -> its quantization, without those that stay in float.
 
     Args:
       paths: The layers that can be quantized.
       annotations: Layer path -> `QuantizeConfig` or None, of a model annotated with TensorFlow Model Optimization: only
         these layers are quantized, and what a config says of its layer has the last word. {}: all are.
-      spaces: Menus of weights and of inputs.
+      spaces: Of weights and of inputs.
       rules, granularity, tensors: As for `fliqs_tf.wrap`.
     """
     rules = as_rules(rules)
@@ -84,7 +84,7 @@ def plan(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, P
         if not paths:
             raise ValueError(f"None of the annotated layers can be quantized: {', '.join(annotations)}.")
         rules += [_annotated_rule(path, config, tensors) for path, config in annotations.items() if config is not None]
-    return _plans(paths, spaces, rules, granularity, tensors)
+    return _by_path(paths, spaces, rules, granularity, tensors)
 
 
 def decision_names(base: str, tensors: str) -> tuple[str, str]:
@@ -100,7 +100,7 @@ def as_rules(rules) -> list[Rule]:
     for rule in rules:
         if not isinstance(rule, Rule) and not (isinstance(rule, (tuple, list)) and 1 <= len(rule) <= 3):
             raise ValueError(
-                f"A rule is (pattern, menu), (pattern, None) to leave layers in float, or a fliqs_tf.Rule, "
+                f"A rule is (pattern, formats), (pattern, None) to leave layers in float, or a fliqs_tf.Rule, "
                 f"got {rule!r}."
             )
     return [rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules]
@@ -132,8 +132,8 @@ def _tied(rule: Rule, match: re.Match, path: str) -> str:
     return name
 
 
-def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, Plan]:
-    """Layer path -> plan, without the layers that stay in float. spaces: menus of weights and of inputs."""
+def _by_path(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, LayerQuantization]:
+    """Layer path -> its quantization, without the layers that stay in float. spaces: of weights and of inputs."""
     if granularity not in ("layer", "model"):
         raise ValueError(
             f"granularity must be 'layer' (a decision per layer) or 'model' (one for all), got {granularity!r}. "
@@ -144,35 +144,38 @@ def _plans(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str)
     for rule in rules:
         if not any(re.search(rule.pattern, path) for path in paths):
             raise ValueError(f"Rule {rule.pattern!r} matches no layer. Layers: {', '.join(paths)}.")
-    plans = {}
+    found = {}
     for path in paths:
-        menus, decision = spaces, None
+        own, decision = spaces, None
         for rule in rules:
             if match := re.search(rule.pattern, path):
-                menus = menus if rule.formats is UNCHANGED else (rule.formats, rule.formats)
+                own = own if rule.formats is UNCHANGED else (rule.formats, rule.formats)
                 decision = _tied(rule, match, path) if rule.tie else decision
-        if menus[0] is None:
+        if own[0] is None:
             continue
-        if decision is None:  # a menu of its own is a decision of its own
-            decision = "model" if granularity == "model" and menus == spaces else path
-        inputs = None if tensors == "weights" else menus[1]
-        plans[path] = Plan(menus[0], inputs, *decision_names(decision, tensors))
-    _check_menus(plans)
-    return plans
+        if decision is None:  # a space of its own is a decision of its own
+            decision = "model" if granularity == "model" and own == spaces else path
+        inputs = None if tensors == "weights" else own[1]
+        found[path] = LayerQuantization(own[0], inputs, *decision_names(decision, tensors))
+    _check_spaces(found)
+    return found
 
 
-def _check_menus(plans: dict[str, Plan]) -> None:
+def _check_spaces(found: dict[str, LayerQuantization]) -> None:
     first: dict[str, str] = {}
-    for path, plan in plans.items():
-        other = first.setdefault(plan.weight_decision, path)
-        for one, menu in ((plans[other].space, plan.space), (plans[other].input_space, plan.input_space)):
-            if one != menu:
+    for path, quantization in found.items():
+        other = first.setdefault(quantization.weight_decision, path)
+        for one, other_space in (
+            (found[other].space, quantization.space),
+            (found[other].input_space, quantization.input_space),
+        ):
+            if one != other_space:
                 raise ValueError(
-                    f"Layers {other!r} and {path!r} are tied into the decision {plan.weight_decision!r} but have "
-                    f"different menus, {list(one.names)} and {list(menu.names)}."
+                    f"Layers {other!r} and {path!r} are tied into the decision {quantization.weight_decision!r} "
+                    f"but have different formats, {list(one.names)} and {list(other_space.names)}."
                 )
-    if all(len(plan.space) == 1 and len(plan.input_space or plan.space) == 1 for plan in plans.values()):
+    if all(len(space) == 1 for q in found.values() for space in (q.space, q.input_space or q.space)):
         raise ValueError(
-            "There is nothing to search: no layer has more than one format to choose from. Give a menu of two or "
+            "There is nothing to search: no layer has more than one format to choose from. Give two formats or "
             "more, or use fliqs_tf.apply(model, format) for fixed formats."
         )

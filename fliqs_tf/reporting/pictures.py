@@ -341,7 +341,7 @@ def color(name):
         fmt = formats.Format(name)
     except ValueError:
         return (0.6, 0.6, 0.6)
-    # Most menus lie in 4..8 bits, so these get most of the scale.
+    # Most spaces lie in 4..8 bits, so these get most of the scale.
     place = np.interp(fmt.bits, [2, 4, 8, 16, 32], [1.0, 0.87, 0.28, 0.08, 0.0])
     pale = 0.04 + 0.08 * _exponent_bits(fmt) if fmt.is_scaled and not fmt.is_integer else 0.0
     return tuple(float(part + (1 - part) * pale) for part in _matplotlib().colormaps["viridis"](place)[:3])

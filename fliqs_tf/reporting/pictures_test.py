@@ -20,13 +20,13 @@ def layer(name, cost, weight, activation="same"):
     return {"name": name, "cost": cost, "weight_format": weight, "activation_format": activation}
 
 
-def many_layers(count, menu, split=False):
+def many_layers(count, formats, split=False):
     return [
         layer(
             f"stage{i // 7}_block{i % 7}_convolution",
             cost=10.0 ** (i % 4),
-            weight=menu[i % len(menu)],
-            activation=menu[(i * 3 + 1) % len(menu)] if split else "same",
+            weight=formats[i % len(formats)],
+            activation=formats[(i * 3 + 1) % len(formats)] if split else "same",
         )
         for i in range(count)
     ]
@@ -75,8 +75,8 @@ def test_more_bits_are_darker():
 
 
 def test_formats_that_stand_in_one_menu_have_colours_apart():
-    for menu in (L_FLOAT, ["INT4", "INT8", "E2M1", "E4M3", "BF16"], ["INT4", "INT5", "INT6", "INT7", "INT8"]):
-        for a, b in itertools.combinations(menu, 2):
+    for formats in (L_FLOAT, ["INT4", "INT8", "E2M1", "E4M3", "BF16"], ["INT4", "INT5", "INT6", "INT7", "INT8"]):
+        for a, b in itertools.combinations(formats, 2):
             distance = np.abs(np.subtract(pictures.color(a), pictures.color(b))).max()
             assert distance > 0.03, (a, b)
 
@@ -129,9 +129,9 @@ def test_legend_has_the_formats_present_ordered_by_bits():
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("count, menu", [(1, S_INT), (9, S_INT), (13, S_INT), (22, S_INT), (60, L_FLOAT)])
-def test_no_text_covers_another_and_tiles_hold_their_names(count, menu, split):
-    figure = pictures.formats_figure(many_layers(count, menu, split), "Formats of the layers")
+@pytest.mark.parametrize("count, formats", [(1, S_INT), (9, S_INT), (13, S_INT), (22, S_INT), (60, L_FLOAT)])
+def test_no_text_covers_another_and_tiles_hold_their_names(count, formats, split):
+    figure = pictures.formats_figure(many_layers(count, formats, split), "Formats of the layers")
     assert overlapping(figure) == ([], [])
     _, strip = figure.axes
     for tile, text in zip(strip.patches, strip.texts, strict=True):
@@ -155,10 +155,10 @@ def test_no_layers():
 
 def test_strips_show_the_probabilities_stacked_from_few_bits_to_many():
     steps = [0, 10, 20]
-    # In the menu BF16 stands first: the stack is by bits all the same.
-    menu = ["BF16", "INT4", "INT8"]
+    # In the formats BF16 stands first: the stack is by bits all the same.
+    formats = ["BF16", "INT4", "INT8"]
     p = np.array([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0]])
-    axes = pictures.probabilities_figure(steps, [p], ["conv"], [menu]).axes[0]
+    axes = pictures.probabilities_figure(steps, [p], ["conv"], [formats]).axes[0]
     image = axes.images[0].get_array()
     names = ["INT4", "INT8", "BF16"]
 
@@ -181,8 +181,8 @@ def test_strips_show_the_probabilities_stacked_from_few_bits_to_many():
 
 def test_decisions_from_top_to_bottom_each_with_its_own_menu():
     p = [np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.2, 0.2, 0.6], [0.1, 0.7, 0.2]])]
-    menus = [["INT4", "INT8"], ["E2M1", "E4M3", "BF16"]]
-    figure = pictures.probabilities_figure([5, 6], p, ["first", "second"], menus)
+    spaces = [["INT4", "INT8"], ["E2M1", "E4M3", "BF16"]]
+    figure = pictures.probabilities_figure([5, 6], p, ["first", "second"], spaces)
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
     assert [text.get_text() for text in axes.texts] == ["INT4  90%", "E4M3  70%"]
@@ -193,12 +193,12 @@ def test_decisions_from_top_to_bottom_each_with_its_own_menu():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["INT4", "E2M1", "INT8", "E4M3", "BF16"]
 
 
-@pytest.mark.parametrize("count, menu", [(1, S_INT), (9, S_INT[:2]), (22, S_INT), (60, L_FLOAT)])
-def test_no_text_of_the_strips_covers_another(count, menu):
+@pytest.mark.parametrize("count, formats", [(1, S_INT), (9, S_INT[:2]), (22, S_INT), (60, L_FLOAT)])
+def test_no_text_of_the_strips_covers_another(count, formats):
     random = np.random.default_rng(0)
-    p = [random.dirichlet(np.ones(len(menu)), size=30) for _ in range(count)]
-    names = [layer["name"] for layer in many_layers(count, menu)]
-    figure = pictures.probabilities_figure(np.arange(30) * 1000, p, names, [menu] * count)
+    p = [random.dirichlet(np.ones(len(formats)), size=30) for _ in range(count)]
+    names = [layer["name"] for layer in many_layers(count, formats)]
+    figure = pictures.probabilities_figure(np.arange(30) * 1000, p, names, [formats] * count)
     outside, pairs = overlapping(figure)
     assert (outside, pairs) == ([], [])
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]

@@ -32,8 +32,10 @@ from fliqs_tf._keras import add_state, keras
 from fliqs_tf.search import critic, estimators, policy, rewards, schedules
 
 ESTIMATORS = ("critic", "reinforce")
-# Relative noise power at which the gentle start halves an option's odds: INT4 has 0.01 to 0.02, INT3 0.1, INT2 0.9.
-GENTLE_NOISE = 0.05
+# Relative noise power that halves an option's odds in the noise-aware start: INT4 has 0.01 to 0.02, INT3 0.1, INT2 0.9.
+START_NOISE = 0.05
+# Arguments under the names of version 0.1.0, which files hold.
+_FORMER_NAMES = {"delay": "warmup", "settle": "frozen", "gentle": "noise_aware_start"}
 # Logit of the option that `decide` took, above the others': probability 1 to 5 digits with 15 options.
 _DECIDED = 15.0
 
@@ -48,20 +50,20 @@ class Controller(keras.layers.Layer):
     Args:
       n_options: Number of options of each decision.
       prior: Per decision the noise power of each option (`Format.noise`, summed over what the decision sets); None
-        = nothing is known beforehand. Used by the critic, and by the gentle start.
+        = nothing is known beforehand. Used by the critic, and by the noise-aware start.
       estimator: "critic" or "reinforce".
       entropy_schedule: "constant", "linear", "cosine" (the paper's), "heaviside", or a callable step -> beta_H in
         [0, beta_max]. With the critic (1 - shape) of the greatest entropy that the target cost allows is what the
         policy has; the weight that keeps it there is solved for.
       beta_max: Greatest beta_H. None = 1 with the critic, where only the shape counts; 0.02 with REINFORCE and a
         normalized advantage, 0.1 (the reference code's) without.
-      delay: How long formats are drawn without learning a policy: a share of the run (float) or steps (int).
-      settle: Last share of the run, in which the decision has been taken and formats stay; the entropy schedule ends
+      warmup: How long formats are drawn without learning a policy: a share of the run (float) or steps (int).
+      frozen: Last share of the run, in which the decision has been taken and formats stay; the entropy schedule ends
         where it begins, see `decided_at`. 0 = never by itself. None = 0.4 with the critic, our choice: the weights of
         short runs need it (docs/method.md); 0.1 with REINFORCE, which needs the readings more.
-      gentle: In the delay the odds of an option are 1 / (1 + (noise / 0.05)^2), our choice: INT2 drawn as often as
-        INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0 with
-        the entropy that the schedule allows, with REINFORCE linearly in the delay.
+      noise_aware_start: In the warmup the odds of an option are 1 / (1 + (noise / 0.05)^2), our choice: INT2 drawn as
+        often as INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0
+        with the entropy that the schedule allows, with REINFORCE linearly in the warmup.
       learning_rate, beta_1: REINFORCE: Adam's; the rate may be a callable of the step, such as `schedules.Growing`.
         0.03 is our choice for runs from 500 steps up; the reference code has 0.05.
       baseline_momentum: REINFORCE: of the (zero-debiased) running reward; reference code 0.99, TuNAS 0.95. It is
@@ -83,9 +85,9 @@ class Controller(keras.layers.Layer):
         estimator: str = "critic",
         entropy_schedule: str | Callable = "cosine",
         beta_max: float | None = None,
-        delay: float | int = 0.25,
-        settle: float | None = None,
-        gentle: bool = True,
+        warmup: float | int = 0.25,
+        frozen: float | None = None,
+        noise_aware_start: bool = True,
         learning_rate: float | Callable = 0.03,
         beta_1: float = 0.9,
         baseline_momentum: float = 0.99,
@@ -105,20 +107,20 @@ class Controller(keras.layers.Layer):
             schedules.check_name(entropy_schedule)
         elif beta_max is None:
             raise ValueError("A custom entropy_schedule needs beta_max, the value that it ends at.")
-        if isinstance(delay, bool) or not (delay >= 0 if isinstance(delay, int) else 0 <= delay < 1):
-            raise ValueError(f"delay is a share of the run in [0, 1) or an int of steps, 0 or more; got {delay!r}.")
-        if settle is None:
-            settle = 0.4 if estimator == "critic" else 0.1
-        if not 0 <= settle < 1:
-            raise ValueError(f"settle is a share of the run in [0, 1), got {settle!r}.")
-        if not isinstance(delay, int) and delay + settle >= 1:
+        if isinstance(warmup, bool) or not (warmup >= 0 if isinstance(warmup, int) else 0 <= warmup < 1):
+            raise ValueError(f"warmup is a share of the run in [0, 1) or an int of steps, 0 or more; got {warmup!r}.")
+        if frozen is None:
+            frozen = 0.4 if estimator == "critic" else 0.1
+        if not 0 <= frozen < 1:
+            raise ValueError(f"frozen is a share of the run in [0, 1), got {frozen!r}.")
+        if not isinstance(warmup, int) and warmup + frozen >= 1:
             raise ValueError(
-                f"delay and settle leave nothing of the run to decide in: {delay} + {settle}, not below 1. Lower one."
+                f"warmup and frozen leave nothing of the run to decide in: {warmup} + {frozen}, not below 1. Lower one."
             )
         if beta_max is None:
             beta_max = 1.0 if estimator == "critic" else (0.02 if normalize_advantage else 0.1)
         self.estimator, self.entropy_schedule, self.beta_max = estimator, entropy_schedule, float(beta_max)
-        self.delay, self.settle, self.gentle = delay, settle, gentle
+        self.warmup, self.frozen, self.noise_aware_start = warmup, frozen, noise_aware_start
         self.learning_rate, self.beta_1, self.baseline_momentum = learning_rate, beta_1, baseline_momentum
         self.normalize_advantage, self.sum_over_decisions = normalize_advantage, sum_over_decisions
         self.jit_compile = jit_compile
@@ -127,7 +129,7 @@ class Controller(keras.layers.Layer):
         self._mask = np.arange(shape[1]) < np.array(self.n_options)[:, None]
         self.prior = None if prior is None else [[float(p) for p in row] for row in prior]
         noise = _padded(self.prior, self._mask)
-        self._odds = np.log1p((noise / GENTLE_NOISE) ** 2).astype(np.float32) * -float(gentle)
+        self._odds = np.log1p((noise / START_NOISE) ** 2).astype(np.float32) * -float(noise_aware_start)
         if estimator == "critic":
             made = estimators.Critic(self._mask, noise, self._odds, jit_compile)
         else:
@@ -159,16 +161,16 @@ class Controller(keras.layers.Layer):
           total_steps: Training steps of the whole run.
 
         Raises:
-          ValueError: Target or number of steps not positive, or a delay in steps that ends after the decision.
+          ValueError: Target or number of steps not positive, or a warmup in steps that ends after the decision.
         """
         if not target > 0:
             raise ValueError(f"The target cost must be positive, got {target!r}.")
         if not total_steps >= 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps!r}.")
-        if isinstance(self.delay, int) and self.delay and self.delay >= (1.0 - self.settle) * total_steps:
+        if isinstance(self.warmup, int) and self.warmup and self.warmup >= (1.0 - self.frozen) * total_steps:
             raise ValueError(
-                f"A delay of {self.delay} steps leaves nothing of the run to decide in: {total_steps} steps, of which "
-                f"the last {self.settle:.0%} keep what was decided. Lower delay or settle, or search for longer."
+                f"A warmup of {self.warmup} steps leaves nothing of the run to decide in: {total_steps} steps, of "
+                f"which the last {self.frozen:.0%} keep what was decided. Lower one, or search for longer."
             )
         self._objective = estimators.Objective(expected_cost, cost, rewards.get(reward))
         self.target.assign(float(target))
@@ -179,42 +181,42 @@ class Controller(keras.layers.Layer):
 
     # The schedule
 
-    def _delay_steps(self) -> tf.Tensor:
-        if isinstance(self.delay, int):
-            return tf.constant(float(self.delay))
-        return self.delay * tf.cast(tf.convert_to_tensor(self.total_steps), tf.float32)
+    def _warmup_steps(self) -> tf.Tensor:
+        if isinstance(self.warmup, int):
+            return tf.constant(float(self.warmup))
+        return self.warmup * tf.cast(tf.convert_to_tensor(self.total_steps), tf.float32)
 
-    def _in_delay(self) -> tf.Tensor:
-        return tf.cast(tf.convert_to_tensor(self.step), tf.float32) < self._delay_steps()
+    def _in_warmup(self) -> tf.Tensor:
+        return tf.cast(tf.convert_to_tensor(self.step), tf.float32) < self._warmup_steps()
 
     def beta(self) -> tf.Tensor:
         """Current beta_H, a scalar."""
         if callable(self.entropy_schedule):
             return tf.cast(self.entropy_schedule(tf.convert_to_tensor(self.step)), tf.float32)
         step, total = tf.convert_to_tensor(self.step), tf.convert_to_tensor(self.total_steps)
-        search = (1.0 - self.settle) * tf.cast(total, tf.float32)
-        return self.beta_max * schedules.shape(self.entropy_schedule, step, search, self._delay_steps())
+        search = (1.0 - self.frozen) * tf.cast(total, tf.float32)
+        return self.beta_max * schedules.fraction(self.entropy_schedule, step, search, self._warmup_steps())
 
     def _shape(self) -> tf.Tensor:
-        """Height of the schedule in [0, 1], 0 in the delay."""
+        """Height of the schedule in [0, 1], 0 in the warmup."""
         shape = tf.clip_by_value(tf.math.divide_no_nan(self.beta(), self.beta_max), 0.0, 1.0)
-        return tf.where(self._in_delay(), 0.0, shape)
+        return tf.where(self._in_warmup(), 0.0, shape)
 
     def advance(self, steps: int = 1) -> None:
         """Counts training steps; to be called once per step."""
         self.step.assign_add(steps)
 
     def decided_at(self) -> int:
-        """Step at which the search loop calls `decide`: the first one of the last `settle` share of the run."""
-        return int(np.ceil((1.0 - self.settle) * int(tf.convert_to_tensor(self.total_steps))))
+        """Step at which the search loop calls `decide`: the first one of the last `frozen` share of the run."""
+        return int(np.ceil((1.0 - self.frozen) * int(tf.convert_to_tensor(self.total_steps))))
 
     # The distribution
 
     def probabilities(self) -> tf.Tensor:
-        """What `sample` draws from: float32 [D, N], 0 for padding. In the delay all options alike, or gently so."""
-        start = self._in_delay()
+        """What `sample` draws from: float32 [D, N], 0 for padding. In the warmup: all alike, or by their noise."""
+        start = self._in_warmup()
         if self.estimator == "reinforce":
-            share = 1.0 - tf.cast(tf.convert_to_tensor(self.step), tf.float32) / tf.maximum(self._delay_steps(), 1.0)
+            share = 1.0 - tf.cast(tf.convert_to_tensor(self.step), tf.float32) / tf.maximum(self._warmup_steps(), 1.0)
         else:
             share = 1.0
         start = tf.logical_and(start, tf.logical_not(tf.convert_to_tensor(self.decided)))
@@ -240,7 +242,7 @@ class Controller(keras.layers.Layer):
         return policy.draw(self.probabilities(), tf.convert_to_tensor(seed), k)
 
     def most_likely(self) -> tf.Tensor:
-        """Most likely option of each decision: int32 [D]. Of equal ones the last: menus go from narrow to wide."""
+        """Most likely option of each decision: int32 [D]. Of equal ones the last: spaces go from narrow to wide."""
         logits = tf.where(self._mask, tf.convert_to_tensor(self.logits), float("-inf"))
         options = self._mask.shape[1]
         return options - 1 - tf.argmax(tf.reverse(logits, [1]), axis=1, output_type=tf.int32)
@@ -274,7 +276,7 @@ class Controller(keras.layers.Layer):
             samples, quality = tf.cast(readings[..., :-1], tf.int32), readings[..., -1]
         else:
             quality = replicas.mean(quality)
-        frozen = tf.logical_or(self._in_delay(), tf.convert_to_tensor(self.decided))
+        frozen = tf.logical_or(self._in_warmup(), tf.convert_to_tensor(self.decided))
         target, probabilities = tf.convert_to_tensor(self.target), self.probabilities()
         before = tf.convert_to_tensor(self.reward_moments)
         reward, new_moments, baseline, variance = self._rewards_of(samples, quality, target, before)
@@ -358,8 +360,8 @@ class Controller(keras.layers.Layer):
 
     def options(self) -> dict:
         """Its arguments, with what the defaults stand for; without `n_options` and `name`."""
-        names = ["estimator", "entropy_schedule", "beta_max", "delay", "settle", "gentle", "learning_rate", "beta_1"]
-        names += ["baseline_momentum", "normalize_advantage", "sum_over_decisions", "jit_compile"]
+        names = ["estimator", "entropy_schedule", "beta_max", "warmup", "frozen", "noise_aware_start", "learning_rate"]
+        names += ["beta_1", "baseline_momentum", "normalize_advantage", "sum_over_decisions", "jit_compile"]
         prior = None if self.prior is None else [[float(p) for p in row] for row in self.prior]
         return {**{name: getattr(self, name) for name in names}, "prior": prior}
 
@@ -368,6 +370,15 @@ class Controller(keras.layers.Layer):
             if callable(getattr(self, argument)):
                 raise ValueError(f"A controller with a callable {argument} cannot be saved; use a name or a number.")
         return {"name": self.name, "n_options": [int(n) for n in self.n_options], **self.options()}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**present_names(config))
+
+
+def present_names(config: dict) -> dict:
+    """Arguments of a controller as files hold them, under the names that they have now."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in config.items()}
 
 
 def _padded(prior, mask: np.ndarray) -> np.ndarray:

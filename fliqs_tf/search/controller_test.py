@@ -67,15 +67,15 @@ def test_of_equal_options_the_last_is_most_likely():
     assert controller.most_likely().dtype == tf.int32
 
 
-def test_gentle_start_tilts_away_from_noise_only():
+def test_noise_aware_start_tilts_away_from_noise_only():
     prior = [[0.9, 0.1, 0.02, 1e-4]]
     p = make(sizes=[4], costs=np.ones((1, 4)), target=1.0, prior=prior).probabilities().numpy()[0]
     np.testing.assert_allclose(p / p[3], [1 / 325, 1 / 5, 1 / 1.16, 1], rtol=1e-4)
-    rough = make(sizes=[4], costs=np.ones((1, 4)), target=1.0, prior=prior, gentle=False)
+    rough = make(sizes=[4], costs=np.ones((1, 4)), target=1.0, prior=prior, noise_aware_start=False)
     np.testing.assert_allclose(rough.probabilities(), [[0.25] * 4])
 
 
-def test_delay_learns_effects_but_no_policy():
+def test_warmup_learns_effects_but_no_policy():
     controller = make(total_steps=400)
     search(controller, 96)
     assert not np.any(tf.convert_to_tensor(controller.logits))
@@ -86,7 +86,7 @@ def test_delay_learns_effects_but_no_policy():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "heaviside"])
-def test_after_the_delay_cost_is_held_and_the_policy_converges(schedule):
+def test_after_the_warmup_cost_is_held_and_the_policy_converges(schedule):
     controller = make(total_steps=400, prior=PRIOR, entropy_schedule=schedule, target=8.0)
     logs = search(controller, 400, noise=0.02)
     late = [entry["expected_cost"] for entry in logs[26:]]
@@ -192,8 +192,8 @@ def test_logs_by_hand():
 
 
 def test_not_finite_quality_leaves_everything_as_it_was():
-    for settings in ({}, {"estimator": "reinforce", "delay": 0}):
-        controller = make(prior=PRIOR, total_steps=10**6, **{"delay": 8, **settings})
+    for settings in ({}, {"estimator": "reinforce", "warmup": 0}):
+        controller = make(prior=PRIOR, total_steps=10**6, **{"warmup": 8, **settings})
         search(controller, 48)
         before = controller.probabilities().numpy()
         rewards_before = np.array(tf.convert_to_tensor(controller.reward_moments))
@@ -230,7 +230,7 @@ def test_reinforce_gradient_is_the_analytic_one():
 def test_the_first_step_of_adam_is_the_rate():
     controller = make(
         estimator="reinforce",
-        delay=0,
+        warmup=0,
         learning_rate=0.01,
         normalize_advantage=False,
         baseline_momentum=0.5,
@@ -246,8 +246,8 @@ def test_the_first_step_of_adam_is_the_rate():
     assert logits[1, 2] == 0
 
 
-def test_reinforce_learns_and_waits_for_its_delay():
-    controller = make(total_steps=2000, target=8.0, reward=rewards.Absolute(-0.1), estimator="reinforce", delay=100)
+def test_reinforce_learns_and_waits_for_its_warmup():
+    controller = make(total_steps=2000, target=8.0, reward=rewards.Absolute(-0.1), estimator="reinforce", warmup=100)
     search(controller, 100, k=1, every=1)
     np.testing.assert_array_equal(controller.logits, np.zeros((3, 3)))
     search(controller, 1900, k=1, every=1)
@@ -259,13 +259,13 @@ def test_reinforce_learns_and_waits_for_its_delay():
 
 
 def test_beta_follows_the_schedule():
-    controller = make(beta_max=0.4, entropy_schedule="linear", delay=20, settle=0.2)
+    controller = make(beta_max=0.4, entropy_schedule="linear", warmup=20, frozen=0.2)
     assert float(controller.beta()) == 0
-    controller.advance(50)  # half-way between the delay and the decision
+    controller.advance(50)  # half-way between the warmup and the decision
     assert float(controller.beta()) == pytest.approx(0.2)
     controller.advance(30)
     assert float(controller.beta()) == pytest.approx(0.4)
-    own = make(beta_max=0.4, entropy_schedule=lambda step: 0.001 * tf.cast(step, tf.float32), delay=20)
+    own = make(beta_max=0.4, entropy_schedule=lambda step: 0.001 * tf.cast(step, tf.float32), warmup=20)
     own.advance(60)
     assert float(own.beta()) == pytest.approx(0.06)
     with pytest.raises(ValueError, match="callable entropy_schedule cannot be saved"):
@@ -273,10 +273,15 @@ def test_beta_follows_the_schedule():
 
 
 def test_config_round_trip():
-    controller = make(prior=PRIOR, entropy_schedule="linear", delay=30, settle=0.2, gentle=False, jit_compile=False)
+    controller = make(
+        prior=PRIOR, entropy_schedule="linear", warmup=30, frozen=0.2, noise_aware_start=False, jit_compile=False
+    )
     config = controller.get_config()
     again = Controller.from_config(config)
-    assert again.get_config() == config and again.delay == 30 and not again.gentle
+    assert again.get_config() == config and again.warmup == 30 and not again.noise_aware_start
+    former = {"warmup": "delay", "frozen": "settle", "noise_aware_start": "gentle"}  # as version 0.1.0 wrote them
+    old = Controller.from_config({former.get(name, name): value for name, value in config.items()})
+    assert old.get_config() == config
     keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(controller))
 
 
@@ -321,11 +326,11 @@ def test_replicas_learn_from_the_mean():
         ({"estimator": "critics"}, "Unknown estimator 'critics'; known: critic, reinforce"),
         ({"entropy_schedule": "cos"}, "Unknown schedule 'cos'"),
         ({"entropy_schedule": lambda step: 0.0}, "needs beta_max"),
-        ({"delay": 1.5}, "delay is a share"),
-        ({"delay": -7}, "an int of steps, 0 or more; got -7"),
-        ({"delay": True}, "an int of steps, 0 or more; got True"),
-        ({"settle": 1.0}, "settle is a share"),
-        ({"settle": 0.5, "delay": 0.5}, "nothing of the run to decide in: 0.5 \\+ 0.5"),
+        ({"warmup": 1.5}, "warmup is a share"),
+        ({"warmup": -7}, "an int of steps, 0 or more; got -7"),
+        ({"warmup": True}, "an int of steps, 0 or more; got True"),
+        ({"frozen": 1.0}, "frozen is a share"),
+        ({"frozen": 0.5, "warmup": 0.5}, "nothing of the run to decide in: 0.5 \\+ 0.5"),
         ({"prior": [[0.1, 0.2]]}, "prior needs a number per option"),
         ({"prior": [[0.1, 0.2, -1.0], [0.1, 0.2], [0.1, 0.2, 0.3]]}, "finite numbers of at least 0"),
     ],
@@ -347,8 +352,8 @@ def test_use_before_configure():
         make(total_steps=0)
 
 
-def test_a_delay_in_steps_must_end_before_the_decision():
-    with pytest.raises(ValueError, match="delay of 60 steps leaves nothing of the run to decide in: 100 steps"):
-        make(total_steps=100, delay=60)
-    make(total_steps=100, delay=59)
-    make(total_steps=1, delay=0)
+def test_a_warmup_in_steps_must_end_before_the_decision():
+    with pytest.raises(ValueError, match="warmup of 60 steps leaves nothing of the run to decide in: 100 steps"):
+        make(total_steps=100, warmup=60)
+    make(total_steps=100, warmup=59)
+    make(total_steps=1, warmup=0)

@@ -281,7 +281,7 @@ def solve_exactly(state: State, prior: Prior) -> np.ndarray:
     )
     decisions, options = prior.profile.shape
     # effects = A z with z standard normal: what all decisions share, each decision's sensitivity, each option's rest.
-    # In z the system is the identity and something that is not negative, so it can be solved however wide the menu is.
+    # In z the system is the identity and something that is not negative, so it can be solved for any number of options.
     profile = prior.profile.astype(np.float64)
     shared = _MEAN_SD * profile.reshape(-1, 1)
     each = (np.eye(decisions)[:, None] * profile[..., None]).reshape(-1, decisions)

@@ -325,9 +325,9 @@ def test_a_mended_model_trains_on():
 # ---- the start of the search
 
 
-def test_what_is_drawn_after_the_warm_up_is_gentle_until_something_is_learned():
+def test_what_is_drawn_after_the_warmup_follows_the_noise_until_something_is_learned():
     qmodel = fliqs_tf.wrap(network(), ["INT2", "INT8"])
-    qmodel.compile("sgd", CROSSENTROPY, target_cost="0.625x INT8", controller={"jit_compile": False, "delay": 1})
+    qmodel.compile("sgd", CROSSENTROPY, target_cost="0.625x INT8", controller={"jit_compile": False, "warmup": 1})
     qmodel.configure_controller(100, held_out=True)
     first = np.array(qmodel.controller.probabilities())
     qmodel.controller.advance(2)

@@ -86,7 +86,7 @@ def test_loading_weights_from_before_the_decision_is_told(caplog, tmp_path):
 
 # ---- compiled again
 
-SETTINGS = {"settle": 0.3, "jit_compile": False}
+SETTINGS = {"frozen": 0.3, "jit_compile": False}
 
 
 def recompile(qmodel, **options):
@@ -164,8 +164,8 @@ def test_the_same_options_keep_what_was_learned_others_do_not(caplog, tmp_path):
             recompile(model, controller=dict(SETTINGS), search_steps=40)
             assert step(model) == 4
         assert not caplog.text
-        recompile(qmodel, controller={**SETTINGS, "settle": 0.2}, search_steps=40)
-    assert step(qmodel) == 0 and qmodel.controller.settle == 0.2
+        recompile(qmodel, controller={**SETTINGS, "frozen": 0.2}, search_steps=40)
+    assert step(qmodel) == 0 and qmodel.controller.frozen == 0.2
     assert "what the search has learned in 4 steps is forgotten" in caplog.text
     assert len(qmodel.variables) == len(loaded.variables)  # those of the controller before are gone
 

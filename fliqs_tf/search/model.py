@@ -22,18 +22,15 @@ import tensorflow as tf
 
 from fliqs_tf import costs, replicas
 from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
-from fliqs_tf.costs import counting
 from fliqs_tf.costs.profile import Profile
-from fliqs_tf.export import tflite_writer
-from fliqs_tf.layers import batch_norm, ranges, shared_ranges
+from fliqs_tf.layers import batch_norm, shared_ranges
 from fliqs_tf.layers.quantizers import training_step
 from fliqs_tf.numerics.formats import Format
-from fliqs_tf.quantize import copying
 from fliqs_tf.quantize import decisions as decisions_lib
 from fliqs_tf.quantize.decisions import Decision
 from fliqs_tf.quantize.recipe import Recipe
-from fliqs_tf.search import compile_config, fitting, rewards
-from fliqs_tf.search.controller import Controller
+from fliqs_tf.search import averages, compile_config, deciding, deployment, fitting, rewards
+from fliqs_tf.search.controller import Controller, present_names
 from fliqs_tf.search.quality import quality_function
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -55,7 +52,7 @@ class SearchModel(keras.Model):
         super().__init__(**kwargs)
         self.network = network
         self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
-        if shared_ranges.has_carriers(network):
+        if shared_ranges.has_boundary_quantizers(network):
             shared_ranges.link(network)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
@@ -91,7 +88,7 @@ class SearchModel(keras.Model):
     @functools.cached_property
     def decisions(self) -> list[Decision]:
         """What the search decides, in network order."""
-        return decisions_lib.decisions(self.network)
+        return decisions_lib.open_decisions(self.network)
 
     @functools.cached_property
     def sites(self) -> list[costs.Site]:
@@ -132,7 +129,7 @@ class SearchModel(keras.Model):
 
         Args:
           optimizer, loss, metrics, **kwargs: As for any Keras model. `jit_compile` is off by default on a CPU, where
-            compiling convolutions makes them slower; the rounding kernel is compiled all the same.
+            compiling convolutions makes them slower; the rounding function is compiled all the same.
           target_cost: Number in the cost's unit, or relative to a uniform format: "0.25x INT8". `fit` needs it.
           cost: "bops", "memory", a `costs.Cost` or a `Profile`. None: that of the profile of `wrap`, or else "bops".
           reward: "absolute", "one_sided", "soft_exponential", "hard_exponential", an object of
@@ -142,7 +139,7 @@ class SearchModel(keras.Model):
           quality_every: With `fit(quality_data=...)`: training steps between two readings (our choice: 5;
             8 finds formats a little less good, and takes less time).
           quality_samples: Samples compared on the same held-out batch at a reading (our choice: 4).
-          search_steps: Length of the search; in the last part of it formats are decided and stay (`settle` of
+          search_steps: Length of the search; in the last part of it formats are decided and stay (`frozen` of
             `Controller`). None: all steps of the first `fit`.
           seed: Of the draws.
           sample_per_replica: Under a distribution strategy: False: replicas compute with the same sample, and quality
@@ -172,7 +169,9 @@ class SearchModel(keras.Model):
         table = costs.CostTable(cost_object, self.sites, [(d.name, d.options) for d in self.decisions])
         target = None
         if target_cost is not None:
-            target = costs.target(target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable())
+            target = costs.parse_target_cost(
+                target_cost, lambda fmt: cost_object(self, fmt), cost_object.unit, table.reachable()
+            )
             target_cost = target_cost if isinstance(target_cost, str) else target
         if controller is not None:
             self._set_controller(self._new_controller(controller))
@@ -298,7 +297,7 @@ class SearchModel(keras.Model):
     def train_on_batch(self, *args, **kwargs):
         """Keras' `train_on_batch`; takes the decision when it is due, see `configure_controller`."""
         logs = super().train_on_batch(*args, **kwargs)
-        fitting.decide_if_due(self)
+        deciding.decide_if_due(self)
         return logs
 
     def finish(self, calibration_data=None) -> Recipe:
@@ -311,8 +310,8 @@ class SearchModel(keras.Model):
         Returns:
           The recipe that was decided.
         """
-        fitting.decide(self)
-        fitting.reestimate(self, calibration_data)
+        deciding.decide(self)
+        averages.recalibrate(self, calibration_data)
         return self.recipe()
 
     @tf.autograph.experimental.do_not_convert
@@ -475,26 +474,9 @@ class SearchModel(keras.Model):
         if recipe is None:
             self._warn_if_open()
             recipe = own
-        recipe.check(own.formats, self.name)
-        if recipe.tensors != own.tensors or (recipe.layers and recipe.layers != own.layers):
-            raise ValueError(
-                f"The recipe decides on other tensors than model {self.name!r}: tensors={recipe.tensors!r}, layers "
-                f"{dict(recipe.layers)}; the model has tensors={own.tensors!r}, layers {dict(own.layers)}."
-            )
-        formats = counting.formats_of(self.sites, recipe)
-        for decision in self.decisions:
-            if formats[decision.name] not in decision.options:
-                _LOG.info("%s: %s was not in the searched menu.", decision.name, formats[decision.name])
-        model = copying.fixed(self.network, formats)
-        other = dict(recipe.formats) != dict(own.formats)
-        if calibration_data is None and other:
+        if calibration_data is None and dict(recipe.formats) != dict(own.formats):
             calibration_data = self.__dict__.get("_training_source")
-        used = fitting.estimate(model, calibration_data)
-        if other and not used and batch_norm.batch_norms(model):
-            _LOG.warning("The moving averages of batch normalization belong to other formats: give calibration_data.")
-        if shared_ranges.has_carriers(model) and not ranges.unseen(model):
-            return tflite_writer.as_shipped(model)
-        return model
+        return deployment.deployed(self, own, recipe, calibration_data)
 
     # ---- saving
 
@@ -510,6 +492,7 @@ class SearchModel(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
+        config["controller"] = present_names(config.get("controller") or {})
         config["network"] = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
         if config.get("profile") is not None:
             config["profile"] = Profile(config["profile"])

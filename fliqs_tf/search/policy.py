@@ -14,7 +14,7 @@ import tensorflow as tf
 # float32 still resolves the exponents well enough to hold the cost to 1e-3.
 _COLDEST = 1e4
 _HOTTEST = 1e-3
-# Options of equal worth are told apart by this share of the spread: later options of the menu win.
+# Options of equal worth are told apart by this share of the spread: later options win.
 _TIE = 1e-3
 # Prices reach +-1e8 spreads; asinh(1e3 * price) runs in +-_PRICE_RANGE.
 _PRICE_RANGE = float(np.arcsinh(1e11))

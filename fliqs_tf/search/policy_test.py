@@ -61,7 +61,7 @@ def test_entropy_by_hand():
     assert float(policy.entropy(tf.constant(p), mask)) == pytest.approx(1 / 3)
 
 
-def test_entropy_of_a_menu_of_one_is_zero():
+def test_entropy_of_a_space_of_one_is_zero():
     assert float(policy.entropy(tf.ones([2, 1]), np.ones((2, 1), bool))) == 0
 
 

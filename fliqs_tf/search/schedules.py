@@ -27,24 +27,24 @@ def check_name(name: str) -> str:
     return name
 
 
-def shape(name: str, step, total_steps, delay_steps=0) -> tf.Tensor:
+def fraction(name: str, step, total_steps, warmup_steps=0) -> tf.Tensor:
     """Height of a schedule as a share of its maximum.
 
-    With t = (step - delay_steps) / (total_steps - delay_steps), held in [0, 1]:
+    With t = (step - warmup_steps) / (total_steps - warmup_steps), held in [0, 1]:
 
         constant    1
         linear      t
         cosine      (1 - cos(pi t)) / 2      (the paper's)
         heaviside   0 in the first half of the run, 1 after it
 
-    >>> float(shape("linear", 50, 100)), float(shape("heaviside", 49, 100)), float(shape("heaviside", 50, 100))
+    >>> float(fraction("linear", 50, 100)), float(fraction("heaviside", 49, 100)), float(fraction("heaviside", 50, 100))
     (0.5, 0.0, 1.0)
 
     Args:
       name: One of `NAMES`.
       step: Steps done, a number or a scalar tensor.
       total_steps: Steps of the run; beyond them the last value holds.
-      delay_steps: Steps of the delay, during which linear and cosine stay at 0.
+      warmup_steps: Steps of the warmup, during which linear and cosine stay at 0.
 
     Returns:
       float32 scalar in [0, 1].
@@ -52,8 +52,8 @@ def shape(name: str, step, total_steps, delay_steps=0) -> tf.Tensor:
     Source: arXiv 2308.03290 (cosine), its reference code (the others).
     """
     check_name(name)
-    step, total, delay = (tf.cast(x, tf.float32) for x in (step, total_steps, delay_steps))
-    t = tf.clip_by_value((step - delay) / tf.maximum(total - delay, 1.0), 0.0, 1.0)
+    step, total, warmup = (tf.cast(x, tf.float32) for x in (step, total_steps, warmup_steps))
+    t = tf.clip_by_value((step - warmup) / tf.maximum(total - warmup, 1.0), 0.0, 1.0)
     if name == "linear":
         return t
     if name == "cosine":
@@ -65,34 +65,34 @@ def shape(name: str, step, total_steps, delay_steps=0) -> tf.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Entropy:
-    """Weight of the entropy: beta_max * shape(step).
+    """Weight of the entropy: beta_max * fraction(step).
 
     >>> float(Entropy("cosine", total_steps=100, beta_max=0.1)(100))
     0.10000000149011612
 
     Attributes:
       name: One of `NAMES`.
-      total_steps, delay_steps: See `shape`.
+      total_steps, warmup_steps: See `fraction`.
       beta_max: Greatest value; 0 switches the term off.
     """
 
     name: str
     total_steps: int
-    delay_steps: int = 0
+    warmup_steps: int = 0
     beta_max: float = 0.1
 
     def __post_init__(self):
         check_name(self.name)
 
     def __call__(self, step) -> tf.Tensor:
-        return self.beta_max * shape(self.name, step, self.total_steps, self.delay_steps)
+        return self.beta_max * fraction(self.name, step, self.total_steps, self.warmup_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Growing:
-    """A rate that is constant during the delay and then grows exponentially: rate * factor^t, t as in `shape`.
+    """A rate that is constant during the warmup and then grows exponentially: rate * factor^t, t as in `fraction`.
 
-    >>> growing = Growing(0.01, total_steps=100, delay_steps=20)
+    >>> growing = Growing(0.01, total_steps=100, warmup_steps=20)
     >>> round(float(growing(20)), 6), round(float(growing(60)), 6), round(float(growing(100)), 6)
     (0.01, 0.031623, 0.1)
 
@@ -101,8 +101,8 @@ class Growing:
 
     rate: float
     total_steps: int
-    delay_steps: int = 0
+    warmup_steps: int = 0
     factor: float = 10.0
 
     def __call__(self, step) -> tf.Tensor:
-        return self.rate * self.factor ** shape("linear", step, self.total_steps, self.delay_steps)
+        return self.rate * self.factor ** fraction("linear", step, self.total_steps, self.warmup_steps)

@@ -10,7 +10,7 @@ from fliqs_tf.search import schedules
 @pytest.mark.parametrize(
     "name, values",
     [
-        # At steps 0, 20 (end of the delay), 40, 60, 100 and 200 of a run of 100.
+        # At steps 0, 20 (end of the warmup), 40, 60, 100 and 200 of a run of 100.
         ("constant", [1, 1, 1, 1, 1, 1]),
         ("linear", [0, 0, 0.25, 0.5, 1, 1]),
         ("cosine", [0, 0, (1 - math.cos(math.pi / 4)) / 2, 0.5, 1, 1]),
@@ -19,15 +19,15 @@ from fliqs_tf.search import schedules
 )
 def test_shape(name, values):
     for step, value in zip([0, 20, 40, 60, 100, 200], values):
-        assert float(schedules.shape(name, step, 100, 20)) == pytest.approx(value, abs=1e-6)
+        assert float(schedules.fraction(name, step, 100, 20)) == pytest.approx(value, abs=1e-6)
 
 
 def test_heaviside_steps_at_half_of_the_run():
-    assert [float(schedules.shape("heaviside", step, 100, 20)) for step in (49, 50)] == [0, 1]
+    assert [float(schedules.fraction("heaviside", step, 100, 20)) for step in (49, 50)] == [0, 1]
 
 
-def test_a_delay_as_long_as_the_run_divides_by_nothing():
-    assert float(schedules.shape("cosine", 10, 10, 10)) == 0
+def test_a_warmup_as_long_as_the_run_divides_by_nothing():
+    assert float(schedules.fraction("cosine", 10, 10, 10)) == 0
 
 
 def test_entropy_is_beta_max_times_shape():
@@ -35,7 +35,7 @@ def test_entropy_is_beta_max_times_shape():
     assert float(schedules.Entropy("cosine", 100, beta_max=0)(60)) == 0
 
 
-def test_growing_is_constant_in_the_delay_then_exponential():
+def test_growing_is_constant_in_the_warmup_then_exponential():
     rate = schedules.Growing(3e-4, 100, 20)
     assert [float(rate(s)) for s in (0, 20, 60, 100)] == pytest.approx([3e-4, 3e-4, 3e-4 * math.sqrt(10), 3e-3])
 
@@ -46,7 +46,7 @@ def test_one_trace_serves_all_steps_and_lengths():
     @tf.function
     def shape(step, total):
         traces.append(1)
-        return schedules.shape("cosine", step, total, total / 4)
+        return schedules.fraction("cosine", step, total, total / 4)
 
     for step in (1, 50, 99):
         shape(tf.constant(step), tf.constant(100 + step))

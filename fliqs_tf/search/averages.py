@@ -1,0 +1,47 @@
+"""Moving averages of batch normalization, estimated anew for the formats that a network has."""
+
+from __future__ import annotations
+
+import logging
+
+from fliqs_tf.io import batches
+from fliqs_tf.layers import batch_norm
+
+_LOG = logging.getLogger("fliqs_tf")
+# Batches from which moving averages are estimated: 32 batches of 64 give their means to about 2 % of a deviation.
+ESTIMATION_BATCHES = 32
+# Examples per batch where nothing says how many: Keras' default.
+BATCH_SIZE = 32
+
+
+def recalibrate(model, data) -> None:
+    """Estimates the moving averages of a search model for its formats; a warning where there is nothing to do it from.
+
+    Args:
+      model: The search model.
+      data: Examples or their `batches.Source`, or None.
+    """
+    if not estimate(model.network, data) and batch_norm.batch_norms(model.network):
+        _LOG.warning(
+            "The moving averages of batch normalization stay as training left them, those of the formats that it "
+            "computed with: there is no batch to estimate them anew from (a generator is read once). Give "
+            "calibration_data, a data set or arrays."
+        )
+
+
+def estimate(network, data) -> int:
+    """Estimates the moving averages of a network from a few batches.
+
+    Args:
+      network: Its formats must be set.
+      data: Examples or their `batches.Source`, or None.
+
+    Returns:
+      The number of batches that were used.
+    """
+    if data is None or not batch_norm.batch_norms(network):
+        return 0
+    source = data if isinstance(data, batches.Source) else batches.read(data, network, "calibration_data")
+    size = source.batch_size or BATCH_SIZE
+    inputs = (batch.x for batch in source.some(ESTIMATION_BATCHES, size))
+    return batch_norm.recalibrate(network, inputs, shared=source.is_distributed)

@@ -1,0 +1,22 @@
+"""Taking the decision, once."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from fliqs_tf import replicas
+
+
+def decide(model) -> None:
+    """Takes the decision, if it is open."""
+    if bool(tf.convert_to_tensor(model.controller.decided)):
+        return
+    model.controller.decide(replicas.Workers(model.distribute_strategy).first)
+    model.__dict__["_decided_for"] = model._compiled_for.decides_on
+    model.use_sample()
+
+
+def decide_if_due(model) -> None:
+    """Takes the decision at the step that it is planned for, or after it."""
+    if int(tf.convert_to_tensor(model.controller.step)) >= model.controller.decided_at():
+        decide(model)

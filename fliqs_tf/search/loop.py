@@ -1,0 +1,170 @@
+"""What happens between training steps: readings of quality, the decision, and a look whether all is finite."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import tensorflow as tf
+
+from fliqs_tf import replicas
+from fliqs_tf._keras import keras
+from fliqs_tf.io import batches
+from fliqs_tf.search import deciding
+
+_LOG = logging.getLogger("fliqs_tf")
+# Weights that are not finite are noticed within so many steps; looking more often would be felt.
+_CHECK_EVERY = 16
+
+
+class SearchLoop(keras.callbacks.Callback):
+    """Between training steps: readings of quality, the decision, and a look whether all is finite.
+
+    Args:
+      search_model: A `SearchModel`.
+      source: What readings are from, or None.
+      size: Examples per reading, of arrays.
+    """
+
+    def __init__(self, search_model, source, size):
+        super().__init__()
+        self.search_model = search_model
+        self.strategy = search_model.distribute_strategy
+        self.workers = replicas.Workers(self.strategy)
+        self.source = source
+        self.batches = None if source is None else source.endless(size, search_model._compiled_for.seed)
+        self.draw, self.read, self.learn = _functions(search_model)
+        self.step = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.last_batch = -1
+        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+            self.step = self._controller_step()
+            self._note_decision()
+        self.keep_decision()
+
+    def on_train_batch_end(self, batch, logs=None):
+        before, self.step = self.step, self.step + batch - self.last_batch
+        self.last_batch = batch
+        if self.step // _CHECK_EVERY > before // _CHECK_EVERY:
+            self._check_finite()
+        if self.decided:
+            return
+        if self.step >= self.search_model.controller.decided_at():
+            self.decide()
+        elif self.batches is not None:
+            # With steps_per_execution several may be due.
+            every = self.search_model._compiled_for.quality_every
+            for reading in range(before // every + 1, self.step // every + 1):
+                self._read(reading * every - 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check_finite()
+
+    def decide(self):
+        """Takes the decision, once."""
+        if self.decided:
+            return
+        every = self.search_model._compiled_for.quality_every
+        if self.batches is not None and self.step < every:
+            _LOG.warning(
+                "The formats are decided after %d steps without one reading of quality_data, which happens every %d "
+                "steps (quality_every): only their cost was known.",
+                self.step,
+                every,
+            )
+        deciding.decide(self.search_model)
+        self._note_decision()
+
+    def keep_decision(self):
+        """Puts the decision back where a callback has restored weights from before it, the controller's among them."""
+        controller = self.search_model.controller
+        if not self.decided:
+            return
+        restored = self._controller_step()
+        if not bool(tf.convert_to_tensor(controller.decided)):
+            _LOG.warning(
+                "A callback restored the weights of step %d, when the formats were still open. The decision stays, "
+                "but these weights were trained with formats that changed. To restore weights of the decided formats "
+                "compare only epochs after step %d: EarlyStopping(start_from_epoch=...).",
+                restored,
+                controller.decided_at(),
+            )
+            controller.logits.assign(self.logits)
+            controller.decided.assign(True)
+        controller.step.assign(max(restored, self.step))
+
+    def _controller_step(self) -> int:
+        return int(tf.convert_to_tensor(self.search_model.controller.step))
+
+    def _note_decision(self):
+        controller = self.search_model.controller
+        self.decided = bool(tf.convert_to_tensor(controller.decided))
+        self.logits = np.array(tf.convert_to_tensor(controller.logits))
+
+    def _read(self, step: int):
+        batch = next(self.batches)
+        data = batch if self.source.is_distributed else _shared(batch, self.strategy)
+        samples = self.draw(tf.constant(step))
+        k = self.search_model._compiled_for.quality_samples
+        self.learn(samples, [self.read(data, samples, tf.constant(i)) for i in range(k)])
+
+    def _check_finite(self):
+        bad = int(tf.convert_to_tensor(self.search_model.bad_step))
+        if bad >= 0:
+            what = f"The loss was not finite at step {bad}"
+        elif not _all_finite(self.search_model.network):
+            # The loss can stay finite: on a CPU a ReLU gives 0 for NaN.
+            what = f"Weights or moving averages are not finite at step {self.step}, or since a few steps before it"
+        else:
+            return
+        raise FloatingPointError(
+            f"{what}. Stopped: look for NaN or infinities in the data; go back to a checkpoint from before it, and "
+            f"lower the learning rate or leave the narrowest formats out of the space."
+        )
+
+
+def _functions(model) -> tuple:
+    """(draw, read, learn) as graphs, made once per `compile`: a second `fit` traces nothing again."""
+    run = model.distribute_strategy.run
+    if model._reading_functions is None:
+        made = (
+            tf.function(lambda step: run(model.draw_for_reading, (step,))),
+            # A replica's samples stay where they were drawn.
+            tf.function(lambda data, samples, i: run(_read_one(model), (data, samples, i))),
+            tf.function(lambda samples, qualities: run(_learn(model), (samples, qualities))),
+        )
+        model._reading_functions = made
+    return model._reading_functions
+
+
+def _read_one(model):
+    return lambda data, samples, i: model.read_quality(data, samples[i])
+
+
+def _learn(model):
+    return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
+
+
+def _all_finite(network) -> bool:
+    """Whether all variables are: in one pass, because a sum is not finite if one term is not."""
+    values = (tf.convert_to_tensor(v) for v in network.variables)
+    sums = [tf.reduce_sum(tf.cast(v, tf.float32)) for v in values if v.dtype.is_floating]
+    return bool(tf.math.is_finite(tf.add_n(sums)))
+
+
+def _shared(batch: batches.Batch, strategy: tf.distribute.Strategy):
+    """A batch as `read_quality` takes it: on one replica, or dealt out to all of them."""
+    data = tuple(batch) if batch.sample_weight is not None else (batch.x, batch.y)
+    count = strategy.num_replicas_in_sync
+    if count == 1:
+        return tf.nest.map_structure(tf.convert_to_tensor, data)
+    size = batches.example_count(batch) // count * count  # shares of one size
+    if not size:
+        raise ValueError(f"A batch of quality_data has {batches.example_count(batch)} examples for {count} replicas.")
+
+    def share(context):
+        first = context.replica_id_in_sync_group
+        return tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[first:size:count], data)
+
+    return strategy.experimental_distribute_values_from_function(share)
