@@ -62,6 +62,24 @@ def whole(name: str, value, least: int) -> int:
     return number
 
 
+def cost_of(cost, profile: Profile | None) -> costs.Cost:
+    """The cost that `compile` was asked for: a name, a `Cost` or a `Profile`; None: that of the profile, or BOPs.
+
+    Raises:
+      ValueError: None of these.
+    """
+    cost = (profile or "bops") if cost is None else cost
+    if isinstance(cost, str) and cost in costs.NAMES:
+        return costs.NAMES[cost]
+    cost = cost.cost if isinstance(cost, Profile) else cost
+    if not isinstance(cost, costs.Cost):
+        raise ValueError(
+            f"Unknown cost {cost!r}; known: {', '.join(costs.NAMES)}, or give a fliqs_tf.Profile or a "
+            f"fliqs_tf.costs.Cost."
+        )
+    return cost
+
+
 def _as_data(value):
     """An argument of `compile` as data of a file, which `from_config` reads; `_CODE` for what is code."""
     if value is None or isinstance(value, (str, int, float)):

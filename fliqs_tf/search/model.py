@@ -159,7 +159,7 @@ class SearchModel(keras.Model):
         seed = compile_config.whole("seed", seed, -(2**31))
         if IS_KERAS_3 and not tf.config.list_physical_devices("GPU") and not tf.config.list_physical_devices("TPU"):
             kwargs.setdefault("jit_compile", False)
-        cost_object = self._cost_of(cost)
+        cost_object = compile_config.cost_of(cost, self.profile)
         reward_object = rewards.get(reward)
         if quality == "loss" and getattr(reward_object, "needs_positive_quality", False):
             raise ValueError(
@@ -195,18 +195,6 @@ class SearchModel(keras.Model):
         )
         self._reading_functions = None
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
-
-    def _cost_of(self, cost) -> costs.Cost:
-        cost = (self.profile or "bops") if cost is None else cost
-        if isinstance(cost, str) and cost in costs.NAMES:
-            return costs.NAMES[cost]
-        cost = cost.cost if isinstance(cost, Profile) else cost
-        if not isinstance(cost, costs.Cost):
-            raise ValueError(
-                f"Unknown cost {cost!r}; known: {', '.join(costs.NAMES)}, or give a fliqs_tf.Profile or a "
-                f"fliqs_tf.costs.Cost."
-            )
-        return cost
 
     def _set_controller(self, controller: Controller) -> None:
         """Takes a new controller, if its options differ from those of the present one."""
