@@ -220,16 +220,19 @@ def network(case: Row) -> keras.Model:
 
 
 def examples(case: Row, is_table: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(for the ranges, to compare on): no value of the second is next to the middle between two INT8 codes, or at the
-    end of the range, where a kernel that multiplies by 1 / scale takes another code than one that divides."""
+    """(for the ranges, to compare on).
+
+    No value of the second is next to the middle between two INT8 codes, where a kernel that multiplies by 1 / scale may
+    take another code than Keras, which divides; and none comes to the end of a range, where LiteRT has one code more.
+    """
     random = np.random.default_rng(0)
     codes = random.integers(-100, 101, (EXAMPLES, *case.shape))
     if is_table:
         return np.abs(codes) % 9, np.abs(codes) % 9
     x = ((codes + random.uniform(-0.3, 0.3, codes.shape)) * STEP).astype(np.float32)
-    with_ends = x.copy()
-    with_ends.flat[0] = 127 * STEP
-    return with_ends, x
+    wider = np.float32(1.1) * x
+    wider.flat[0] = 127 * STEP
+    return wider, x
 
 
 STEP = 0.02
