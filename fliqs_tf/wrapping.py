@@ -154,8 +154,8 @@ def apply(
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
 
     Raises:
-      ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize;
-        calibration_data does not fit the model.
+      ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize; the
+        target has no form of a layer; calibration_data does not fit the model.
     """
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
     layers = layers_to_quantize(model, embeddings, attention_scores, named)
@@ -174,6 +174,7 @@ def apply(
             arguments[key] = dict(zip(composite.ARGUMENTS, (*spaces, weights, activations)))
     copy = copying.quantized_copy(model, arguments, input_shape)
     if is_for_tflite(target):
+        lowering.check_layers(copy)
         copy = boundaries.with_boundary_quantizers(copy)
     if calibration_data is not None:
         source = batches.read(calibration_data, copy, "calibration_data")

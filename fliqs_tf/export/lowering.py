@@ -67,8 +67,8 @@ def check_layers(model: keras.Model) -> None:
 
 
 def _output_shape(call, inputs) -> tuple:
-    if not hasattr(call.layer, "compute_output_shape"):
-        raise unsupported(call.path, call.layer)
+    if reason := why_not(call.path, call.layer):  # a composite layer, for one, does not say what shape it gives
+        raise ValueError(reason)
     if len(inputs) > 1 or isinstance(call.layer, (_LAYERS.Add, _LAYERS.Multiply, _LAYERS.Concatenate)):
         shape = call.layer.compute_output_shape(inputs)
     else:

@@ -16,7 +16,7 @@ from fliqs_tf.export import deployed
 from fliqs_tf.export.onnx_formats import quantized_input
 from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.export.onnx_layers import CONVERTERS, FUNCTIONS, activation
-from fliqs_tf.graph import dataflow, layer_types
+from fliqs_tf.graph import dataflow, layer_types, walking
 from fliqs_tf.io import files
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -90,7 +90,8 @@ def _converted(builder: OnnxBuilder, call: dataflow.Call, inputs: list[Value]) -
     if convert is None or call.constants:
         known = sorted({kind.__name__ for kind in CONVERTERS})
         raise ValueError(
-            f"Layer {call.path!r} of class {type(inner).__name__} has no ONNX form here. Known: {', '.join(known)}. "
+            f"Layer {call.path!r} of class {type(walking.inside(layer)).__name__} has no ONNX form here. Known: "
+            f"{', '.join(known)}. "
             f"fliqs_tf.export.packed takes any layer."
         )
     if getattr(inner, "compute_dtype", "float32") != "float32":

@@ -62,6 +62,7 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
+    lowering.check_layers(final)  # before it is copied: some layers that have no form have no copy either
     model = boundaries.with_boundary_quantizers(rewriting.without(final, requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, model, "representative")
     boundaries.calibrate(model, examples and (batch.x for batch in examples.in_order(_BATCH)))

@@ -424,7 +424,7 @@ def test_missing_ranges_are_named(tmp_path):
         (lambda: L.Conv2D(3, 3, name="odd"), "E4M3", "Layer 'odd' has the format E4M3.*export.packed"),
         (lambda: L.Conv2DTranspose(3, 3, name="odd"), "INT8", "Layer 'odd' of class Conv2DTranspose cannot be"),
         (lambda: L.Conv2D(3, 3, groups=3, name="odd"), "INT8", "Layer 'odd'.*grouped"),
-        (lambda: L.Conv2D(3, 3, activation="gelu", name="odd"), "INT8", "Layer 'odd_gelu'.*gelu"),
+        (lambda: L.Conv2D(3, 3, activation="gelu", name="odd"), "INT8", "Layer 'odd' of class Conv2D.*gelu"),
     ],
 )
 def test_what_has_no_kernel_is_named(layer, fmt, message, tmp_path):
@@ -440,6 +440,8 @@ def test_search_for_tflite_refuses_before_training():
     model = keras.Model(image, L.Dense(2, name="out")(L.LSTM(4, name="cell")(L.Dense(3)(image))))
     with pytest.raises(ValueError, match="Layer 'cell' of class LSTM cannot be exported"):
         fliqs_tf.wrap(model, "FLIQS-S-INT", target="tflite")
+    with pytest.raises(ValueError, match="Layer 'cell' of class LSTM cannot be exported"):
+        fliqs_tf.apply(model, "INT8", target="tflite")
     with pytest.raises(ValueError, match="target must be None or 'tflite', got 'onnx'"):
         fliqs_tf.apply(model, "INT8", target="onnx")
     with pytest.raises(ValueError, match="None of E2M1, E4M3, BF16 has integer kernels"):
