@@ -90,7 +90,7 @@ def _converted(builder: OnnxBuilder, call: dataflow.Call, inputs: list[Value]) -
     if convert is None or call.constants:
         known = sorted({kind.__name__ for kind in CONVERTERS})
         raise ValueError(
-            f"Layer {call.path!r} of class {type(walking.inside(layer)).__name__} has no ONNX form here. Known: "
+            f"Layer {call.path!r} of class {type(walking.unwrapped(layer)).__name__} has no ONNX form here. Known: "
             f"{', '.join(known)}. "
             f"fliqs_tf.export.packed takes any layer."
         )

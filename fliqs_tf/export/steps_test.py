@@ -20,7 +20,7 @@ from fliqs_tf.numerics.formats import Format
     ],
 )
 def test_grids(fmt, amax, largest, scale, spread, carried):
-    grid = steps.Grid(Format(fmt), np.float32(amax))
+    grid = steps.ActivationScale(Format(fmt), np.float32(amax))
     assert (grid.largest, grid.scale, grid.spread, grid.carried_scale) == (largest, scale, spread, carried)
     assert grid.scale.dtype == grid.carried_scale.dtype == np.float32
     assert grid.spread * grid.largest <= 127 < (grid.spread + 1) * grid.largest
@@ -59,7 +59,7 @@ def test_a_kernel_of_ones():
 def test_readers_stand_once_each():
     twice = steps.Step("add", "a", (0, 0), 1, ((2,), (2,), (2,)))
     both = steps.Step("add", "b", (0, 1), 2, ((2,), (2,), (2,)))
-    graph = steps.Graph(((0, "x", (2,), "float32"),), [twice, both], (2,), ("y",))
+    graph = steps.IntegerNetwork(((0, "x", (2,), "float32"),), [twice, both], (2,), ("y",))
     assert {value: [step.path for step in found] for value, found in graph.readers().items()} == {
         0: ["a", "b"],
         1: ["b"],

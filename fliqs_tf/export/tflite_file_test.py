@@ -23,11 +23,13 @@ def dense():
     """x -> codes -> a product with int4 weights -> y."""
     file = tflite_file.TfliteFile()
     x = file.tensor("x", (-1, 2), np.float32)
-    codes = file.tensor("codes", (-1, 2), np.int8, tflite_file.Grid(0.5, 3))
-    grid = tflite_file.Grid(np.array([0.25, 0.5, 1.0]), 0, 0)
+    codes = file.tensor("codes", (-1, 2), np.int8, tflite_file.QuantizationParameters(0.5, 3))
+    grid = tflite_file.QuantizationParameters(np.array([0.25, 0.5, 1.0]), 0, 0)
     weights = file.tensor("w", (3, 2), "int4", grid, np.array([[1, -1], [7, -7], [0, 2]]))
-    bias = file.tensor("b", (3,), np.int32, tflite_file.Grid(np.array([0.125, 0.25, 0.5])), np.array([1, -2, 300]))
-    sums = file.tensor("codes", (-1, 3), np.int8, tflite_file.Grid(2.0))
+    bias = file.tensor(
+        "b", (3,), np.int32, tflite_file.QuantizationParameters(np.array([0.125, 0.25, 0.5])), np.array([1, -2, 300])
+    )
+    sums = file.tensor("codes", (-1, 3), np.int8, tflite_file.QuantizationParameters(2.0))
     y = file.tensor("y", (-1, 3), np.float32)
     file.operation("QUANTIZE", [x], [codes])
     file.operation("FULLY_CONNECTED", [codes, weights, bias], [sums], fusedActivationFunction=1, keepNumDims=True)
@@ -96,7 +98,7 @@ def test_operations_and_their_versions(dense):
 def test_an_int8_matrix_has_an_older_version_and_operations_share_their_code():
     file = tflite_file.TfliteFile()
     x = file.tensor("x", (1, 2), np.float32)
-    w = file.tensor("w", (2, 2), np.int8, tflite_file.Grid(1.0), np.eye(2))
+    w = file.tensor("w", (2, 2), np.int8, tflite_file.QuantizationParameters(1.0), np.eye(2))
     for _ in range(2):
         y = file.tensor("y", (1, 2), np.float32)
         file.operation("FULLY_CONNECTED", [x, w, -1], [y])

@@ -88,9 +88,9 @@ def test_linked_quantizers_move_together_and_once():
 @pytest.mark.parametrize("kind", shared_ranges.KINDS)
 def test_networks_from_a_config_are_linked(kind):
     plain = (
-        network() if kind is shared_ranges.CarrierModel else keras.Sequential([L.Input((4,)), carrier(), dense("r")])
+        network() if kind is shared_ranges.BoundaryModel else keras.Sequential([L.Input((4,)), carrier(), dense("r")])
     )
-    assert shared_ranges.has_carriers(plain)
+    assert shared_ranges.has_boundary_quantizers(plain)
     assert not shared_ranges.followers(plain)[0][1].follows
     made = kind.from_config(plain.get_config())
     assert type(made) is kind
@@ -99,5 +99,5 @@ def test_networks_from_a_config_are_linked(kind):
 
 def test_a_network_without_carriers():
     model = keras.Sequential([L.Input((4,)), dense("only")])
-    assert not shared_ranges.has_carriers(model)
+    assert not shared_ranges.has_boundary_quantizers(model)
     assert shared_ranges.followers(model) == []
