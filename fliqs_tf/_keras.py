@@ -11,12 +11,16 @@ import functools
 import importlib
 import inspect
 import numbers
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
 
 # The package itself, not the `tf.keras` view of it, which leaves out parts (keras.saving, keras.StatelessScope).
-keras = importlib.import_module(tf.keras.Model.__module__.split(".")[0])
+if TYPE_CHECKING:
+    import keras
+else:
+    keras = importlib.import_module(tf.keras.Model.__module__.split(".")[0])
 IS_KERAS_3 = keras.__name__ == "keras"
 NAME = f"Keras {keras.__version__}" if IS_KERAS_3 else f"tf_keras {keras.__version__}"
 

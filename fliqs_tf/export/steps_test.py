@@ -8,7 +8,7 @@ from fliqs_tf.numerics.formats import Format
 
 
 @pytest.mark.parametrize(
-    ("fmt", "amax", "largest", "scale", "spread", "carried"),
+    ("fmt", "amax", "largest", "scale", "spread", "int8_scale"),
     [
         ("INT8", 127, 127, 1.0, 1, 1.0),
         ("INT8", 1, 127, np.float32(1) / np.float32(127), 1, np.float32(1) / np.float32(127)),
@@ -19,10 +19,10 @@ from fliqs_tf.numerics.formats import Format
         ("INT8", 0, 127, np.float32(2.0**-27), 1, np.float32(2.0**-27)),  # of a tensor that is always 0
     ],
 )
-def test_grids(fmt, amax, largest, scale, spread, carried):
+def test_grids(fmt, amax, largest, scale, spread, int8_scale):
     grid = steps.ActivationScale(Format(fmt), np.float32(amax))
-    assert (grid.largest, grid.scale, grid.spread, grid.carried_scale) == (largest, scale, spread, carried)
-    assert grid.scale.dtype == grid.carried_scale.dtype == np.float32
+    assert (grid.largest, grid.scale, grid.spread, grid.int8_scale) == (largest, scale, spread, int8_scale)
+    assert grid.scale.dtype == grid.int8_scale.dtype == np.float32
     assert grid.spread * grid.largest <= 127 < (grid.spread + 1) * grid.largest
 
 
