@@ -25,10 +25,7 @@ def converted(layer, *values, weights=None):
     graph = onnx_graph.Graph()
     graph.path = layer.name
     convert = onnx_layers.CONVERTERS[type(layer)]
-    if weights is None:
-        result = convert(graph, layer, *values)
-    else:
-        result = convert(graph, layer, *values, weights, None)
+    result = convert(graph, layer, *values, *([] if weights is None else [weights, None]))
     last = graph.nodes[-1].attribute if graph.nodes else ()
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in last}
     return [node.op_type for node in graph.nodes], attributes, result, graph
