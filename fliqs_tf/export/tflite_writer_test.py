@@ -4,11 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import fliqs_tf
 from fliqs_tf._keras import keras
-from fliqs_tf.export import boundaries, deployed, lowering, tflite_writer
+from fliqs_tf.export import deployed, tflite_writer
 from fliqs_tf.graph import walking
 from fliqs_tf.layers import shared_ranges
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -231,41 +230,6 @@ def test_file_is_as_large_as_its_codes_biases_and_graph(tmp_path):
     assert abs((tmp_path / "wide.tflite").stat().st_size - path.stat().st_size - codes) < 1024
 
 
-def test_folding_batch_normalization_keeps_codes():
-    # Gains of both signs and one of zero: only scales and signs of codes may change.
-    image = L.Input((6, 6, 2))
-    network = keras.Model(image, L.BatchNormalization(name="norm")(L.Conv2D(3, 3, name="conv")(image)))
-    gamma = np.array([0.5, -2.0, 0.0], np.float32)
-    network.get_layer("norm").set_weights(
-        [gamma, *(np.array(v, np.float32) for v in ([1, 2, 3], [0.1, 0.2, 0.3], [4, 0.25, 1]))]
-    )
-    final = fliqs_tf.apply(network, "INT4")
-    final(examples(4, 6, 6, 2), training=True)
-    (before,) = [s for s in lowering.steps(final).steps if s.kind == "linear"]
-    weight = np.asarray(network.get_layer("conv").kernel)
-    codes = np.rint(weight / (np.abs(weight).max(axis=(0, 1, 2)) / 7)).astype(int)
-    np.testing.assert_array_equal(before.linear.codes, codes * np.array([1, -1, 0]))
-    norm = final.get_layer("norm")
-    gain = gamma / np.sqrt(np.asarray(norm.moving_variance, np.float64) + norm.epsilon)
-    np.testing.assert_allclose(before.linear.values, (codes * np.abs(weight).max(axis=(0, 1, 2)) / 7) * gain, rtol=1e-6)
-    # And the folded kernel computes what the two layers do.
-    x = examples(2, 6, 6, 2, seed=1)
-    quantized = final.get_layer("conv").activation_quantizer(tf.constant(x)).numpy()
-    folded = tf.nn.conv2d(quantized.astype(np.float64), before.linear.values, 1, "VALID") + before.linear.bias
-    np.testing.assert_allclose(folded, final(x), atol=1e-5)
-
-
-def test_places_of_boundary_quantizers_in_a_residual_block():
-    image = L.Input((6, 6, 4))
-    x = L.ReLU(name="relu1")(L.Conv2D(4, 3, padding="same", name="conv1")(image))
-    y = L.BatchNormalization(name="norm")(L.Conv2D(4, 3, padding="same", name="conv2")(x))
-    y = L.ReLU(name="relu2")(L.Add(name="add")([x, y]))
-    y = L.Dense(2, name="logits")(L.GlobalAveragePooling2D(name="pool")(y))
-    final = fliqs_tf.apply(keras.Model(image, y), "INT8")
-    # relu1 has two readers, norm and relu2 an operation, logits the caller; add goes into relu2, pool into logits.
-    assert boundaries.boundary_layers(final) == ["relu1", "norm", "relu2", "logits"]
-
-
 def test_search_for_tflite_ships_what_was_trained(tmp_path):
     keras.utils.set_random_seed(0)
     image = L.Input(IMAGE)
@@ -361,17 +325,6 @@ def test_what_cannot_be_a_bias_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_readers_of_a_boundary_quantizer_share_its_range():
-    trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite")
-    trained(examples(8, *IMAGE), training=True)
-    trained(3 * examples(8, *IMAGE, seed=1), training=True)
-    pairs = shared_ranges.followers(trained)
-    assert len(pairs) == 1
-    for boundary, reader in pairs:
-        assert boundary.range[1] > 0
-        np.testing.assert_array_equal(boundary.range, reader.range)
-
-
 def test_also_in_what_is_made_of_it(tmp_path):
     """Copies, what is loaded, and what is around one."""
     trained = fliqs_tf.apply(network("residual"), "INT8", target="tflite", calibration_data=[examples(8, *IMAGE)])
@@ -415,23 +368,6 @@ def test_missing_ranges_are_named(tmp_path):
     final = fliqs_tf.apply(network("residual"), "INT8")
     with pytest.raises(ValueError, match=r"int8 tensors have no range: .*Give representative=batches"):
         fliqs_tf.export.tflite(final, tmp_path / "file.tflite")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("layer", "fmt", "message"),
-    [
-        (lambda: L.Conv2D(3, 3, name="odd"), "E4M3", "Layer 'odd' has the format E4M3.*export.packed"),
-        (lambda: L.Conv2DTranspose(3, 3, name="odd"), "INT8", "Layer 'odd' of class Conv2DTranspose cannot be"),
-        (lambda: L.Conv2D(3, 3, groups=3, name="odd"), "INT8", "Layer 'odd'.*grouped"),
-        (lambda: L.Conv2D(3, 3, activation="gelu", name="odd"), "INT8", "Layer 'odd' of class Conv2D.*gelu"),
-    ],
-)
-def test_what_has_no_kernel_is_named(layer, fmt, message, tmp_path):
-    image = L.Input(IMAGE)
-    final = fliqs_tf.apply(keras.Model(image, layer()(image)), fmt)
-    with pytest.raises(ValueError, match=message):
-        fliqs_tf.export.tflite(final, tmp_path / "file.tflite", [examples(2, *IMAGE)])
     assert not list(tmp_path.iterdir())
 
 
