@@ -200,7 +200,7 @@ def test_grids_of_inputs():
 
 def test_float_weights_have_values_and_no_codes():
     codes, linear = steps(quantized(pointwise(), "BF16", "BF16"))
-    assert codes.options["activation_scale"].format.name == linear.linear.format.name == "BF16"
+    assert codes.options["scale"].format.name == linear.linear.format.name == "BF16"
     assert linear.linear.codes is None
     np.testing.assert_array_equal(linear.linear.values.reshape(2, 3)[0], [127, -254, 63.5])
     np.testing.assert_array_equal(linear.linear.values.reshape(2, 3)[1], [10, 20.375, 7.1875])  # of eight bits
