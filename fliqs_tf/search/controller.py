@@ -206,6 +206,10 @@ class Controller(keras.layers.Layer):
         """Counts training steps; to be called once per step."""
         self.step.assign_add(steps)
 
+    def warmup_steps(self) -> int:
+        """Steps in which formats are drawn without learning."""
+        return int(np.ceil(float(self._warmup_steps())))
+
     def decided_at(self) -> int:
         """Step at which the search loop calls `decide`: the first one of the last `frozen` share of the run."""
         return int(np.ceil((1.0 - self.frozen) * int(tf.convert_to_tensor(self.total_steps))))

@@ -29,6 +29,10 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
         readings = batches.read(quality_data, model.network, "quality_data")
         _check_labels(readings, model)
     length.restart_if_compiled_anew(model, arguments)
+    if readings is not None and bool(tf.convert_to_tensor(model.controller.decided)):
+        _LOG.warning("quality_data is not read: the formats are decided, and this fit trains the weights for them.")
+    if readings is not None and arguments.get("class_weight"):
+        _LOG.warning("class_weight does not count in quality_data: give its batches weights, (x, y, sample_weight).")
     model.bad_step.assign(-1)
     start = int(tf.convert_to_tensor(model.controller.step))
     total = length.total_steps(model, arguments, start)
@@ -59,6 +63,8 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     if model.stop_training or step >= total:
         # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
         averages.recalibrate(model, calibration)
+    elif calibration_data is not None:
+        _LOG.warning("calibration_data is not used yet: the search goes on at step %d of %d.", step, total)
     return history
 
 

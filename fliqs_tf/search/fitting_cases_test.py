@@ -200,6 +200,36 @@ def test_activity_regularizers_in_every_order_of_calls():
     assert 0 < plain < loss + 0.5
 
 
+# ---- what is given and not used
+
+
+def test_what_fit_does_not_use_is_told(caplog):
+    qmodel = compiled(search_steps=8)
+    with caplog.at_level("WARNING", logger="fliqs_tf"):
+        fit(qmodel, calibration_data=X)
+        assert "calibration_data is not used yet: the search goes on at step 4 of 8" in caplog.text
+        fit(qmodel, quality_data=(X, Y), class_weight={0: 1.0, 1: 2.0})
+        assert "class_weight does not count in quality_data" in caplog.text
+        assert is_decided(qmodel) and "quality_data is not read" not in caplog.text
+        fit(qmodel, quality_data=(X, Y))
+        assert "quality_data is not read: the formats are decided" in caplog.text
+
+
+@pytest.mark.parametrize(("rate", "told"), [(5.0, True), (1e-4, False)])
+def test_a_warm_up_that_destroys_trained_weights_is_told(rate, told, caplog):
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, layers.Dense(2, name="logits")(layers.Dense(8, name="hidden")(inputs)))
+    right = np.eye(8, dtype=np.float32)
+    model.get_layer("hidden").set_weights([right, np.zeros(8)])
+    model.get_layer("logits").set_weights([right[:, :1] * np.array([[-9, 9]]), np.zeros(2)])
+    qmodel = compiled(model, quality_every=1)
+    qmodel.optimizer.learning_rate = rate
+    with caplog.at_level("WARNING", logger="fliqs_tf"):
+        fit(qmodel, epochs=4, quality_data=(X, Y))
+    assert ("The warm-up has made the network worse" in caplog.text) == told
+    assert "after 4 steps" in caplog.text or not told  # a quarter of 16
+
+
 # ---- several outputs
 
 LOSSES = {"left": CROSSENTROPY, "right": "mse"}

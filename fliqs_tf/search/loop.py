@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
@@ -15,6 +16,8 @@ from fliqs_tf.search import deciding
 _LOG = logging.getLogger("fliqs_tf")
 # Weights that are not finite are noticed within so many steps; looking more often would be felt.
 _CHECK_EVERY = 16
+# Quality lost in the warm-up that is told: this share of what it was, and this much.
+_LOST, _LOST_AT_LEAST = 0.25, 0.05
 
 
 class SearchLoop(keras.callbacks.Callback):
@@ -35,12 +38,15 @@ class SearchLoop(keras.callbacks.Callback):
         self.batches = None if source is None else source.endless(size, search_model._compiled_for.seed)
         self.draw, self.read, self.learn = _functions(search_model)
         self.step = None
+        self.at_first = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.last_batch = -1
         if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
             self.step = self._controller_step()
             self._note_decision()
+            if self.step == 0 and self.batches is not None and not self.decided:
+                self._read_before_training()
         self.keep_decision()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -50,6 +56,8 @@ class SearchLoop(keras.callbacks.Callback):
             self._check_finite()
         if self.decided:
             return
+        if self.at_first is not None and self.step >= self.search_model.controller.warmup_steps():
+            self._compare_with_before()
         if self.step >= self.search_model.controller.decided_at():
             self.decide()
         elif self.batches is not None:
@@ -108,6 +116,35 @@ class SearchLoop(keras.callbacks.Callback):
         samples = self.draw(tf.constant(step))
         k = self.search_model._compiled_for.quality_samples
         self.learn(samples, [self.read(data, samples, tf.constant(i)) for i in range(k)])
+
+    def _read_before_training(self):
+        """Reads the network as it came, in its widest formats: what the warm-up must not destroy."""
+        batch = next(self.batches)
+        self.batches = itertools.chain([batch], self.batches)
+        data = batch if self.source.is_distributed else _shared(batch, self.strategy)
+        widest = [len(decision.options) - 1 for decision in self.search_model.decisions]
+        self.at_first = data, tf.constant([widest] * self.search_model._compiled_for.quality_samples)
+        self.quality_at_first = self._quality(*self.at_first)
+        self.search_model.use_sample()
+
+    def _compare_with_before(self):
+        before, now = self.quality_at_first, self._quality(*self.at_first)
+        self.at_first = None
+        self.search_model.use_sample()
+        if now < before - _LOST * abs(before) - _LOST_AT_LEAST:
+            _LOG.warning(
+                "The warm-up has made the network worse: with its widest formats the quality of a held-out batch was "
+                "%.4g before the training and is %.4g after %d steps. If it came with trained weights, lower the "
+                "learning rate, or shorten the warm-up: compile(controller={'warmup': 0.05}).",
+                before,
+                now,
+                self.step,
+            )
+
+    def _quality(self, data, samples) -> float:
+        """Mean over replicas of the quality of the first sample."""
+        read = self.read(data, samples, tf.constant(0))
+        return float(np.mean([np.array(q) for q in self.strategy.experimental_local_results(read)]))
 
     def _check_finite(self):
         bad = int(tf.convert_to_tensor(self.search_model.bad_step))
