@@ -6,7 +6,7 @@ import dataclasses
 
 from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
-from fliqs_tf.export import boundaries, lowering, targets
+from fliqs_tf.export import boundaries, lowering, planning, targets
 from fliqs_tf.io import batches
 from fliqs_tf.layers import composite, ranges
 from fliqs_tf.numerics.formats import Format
@@ -103,7 +103,7 @@ def wrap(
     if profile is not None:
         profile.check(searched.sites)
     if target is not None:
-        _check_target(searched.sites, target)
+        _check_target(network, target)
     return searched
 
 
@@ -112,17 +112,11 @@ def _for_integers(rule: Rule) -> Rule:
     return dataclasses.replace(rule, formats=boundaries.integer_formats(rule.formats)) if has_formats else rule
 
 
-def _check_target(sites, target: str) -> None:
-    """Raises if a rule gives a layer formats that the target does not run."""
-    for site in sites:
-        together = site.weight_decision == site.activation_decision
-        for weights in site.weight_formats:
-            for inputs in (weights,) if together else site.activation_formats:
-                run = targets.runs(weights, inputs, target)
-                if run.how == targets.CANNOT:
-                    raise ValueError(
-                        f"Layer {site.path!r} cannot have {weights} weights and {inputs} inputs: {run.why}."
-                    )
+def _check_target(network, target: str) -> None:
+    """Raises if the target has no form of a layer, or a rule gives one formats that the target does not run."""
+    for row in planning.plan(network, target).obstacles:
+        formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
+        raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
 
 
 def apply(

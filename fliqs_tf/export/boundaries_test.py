@@ -70,6 +70,14 @@ def test_what_is_swallowed(layers, inside):
     assert swallowed(chain(*layers, shape=(4, 4, 4) if isinstance(layers[0], L.MaxPooling2D) else (4,))) == inside
 
 
+def test_what_two_layers_read_is_not_swallowed():
+    x = L.Input((4,))
+    y = dense("a")(x)
+    for readers in ([L.ReLU(), L.Activation("tanh")], [L.BatchNormalization(), L.ReLU()]):
+        assert swallowed(keras.Model(x, [reader(y) for reader in readers])) == []
+    assert swallowed(keras.Model(x, [L.ReLU()(y), y])) == []  # nor what the caller reads
+
+
 @pytest.mark.parametrize(
     ("layers", "places"),
     [

@@ -121,3 +121,11 @@ def test_a_search_for_a_target_leaves_out_what_does_not_run_there():
         fliqs_tf.wrap(dense(), ["INT4", "INT8"], [("b", ["INT8", "E3M2"])], target="onnx")
     with pytest.raises(ValueError, match="Unknown target 'coreml'"):
         fliqs_tf.wrap(dense(), ["INT4", "INT8"], target="coreml")
+
+
+def test_a_search_for_onnx_refuses_layers_without_a_form_before_training():
+    inputs = keras.Input((8, 3))
+    model = keras.Model(inputs, L.LSTM(4, name="cell")(L.Dense(3)(inputs)))
+    with pytest.raises(ValueError, match="Layer 'cell' is not for target 'onnx': no ONNX form for LSTM; .*packed"):
+        fliqs_tf.wrap(model, ["INT4", "INT8"], target="onnx")
+    assert fliqs_tf.wrap(model, ["INT4", "INT8"], target="packed").decisions
