@@ -114,7 +114,7 @@ def _for_integers(rule: Rule) -> Rule:
 
 def _check_target(network, target: str) -> None:
     """Raises if the target has no form of a layer, or a rule gives one formats that the target does not run."""
-    for row in planning.plan(network, target).obstacles:
+    for row in planning.plan(network, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
         raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
 

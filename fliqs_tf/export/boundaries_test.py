@@ -37,7 +37,7 @@ def residual():
     return keras.Model(x, dense("logits")(L.GlobalAveragePooling2D(name="pool")(z)))
 
 
-def swallowed(model):
+def fused(model):
     graph = dataflow.read(model)
     inside = boundaries.fused_values(graph)
     return [call.path for call in graph.calls if call.output in inside]
@@ -45,7 +45,7 @@ def swallowed(model):
 
 def test_what_a_residual_block_swallows():
     # conv1 goes into relu1, conv2 into norm, the sum into relu2; relu1 has two readers.
-    assert swallowed(residual()) == ["conv1", "conv2", "add"]
+    assert fused(residual()) == ["conv1", "conv2", "add"]
 
 
 def test_where_a_residual_block_has_boundary_quantizers():
@@ -66,16 +66,16 @@ def test_where_a_residual_block_has_boundary_quantizers():
     ],
     ids=range(7),
 )
-def test_what_is_swallowed(layers, inside):
-    assert swallowed(chain(*layers, shape=(4, 4, 4) if isinstance(layers[0], L.MaxPooling2D) else (4,))) == inside
+def test_what_is_fused(layers, inside):
+    assert fused(chain(*layers, shape=(4, 4, 4) if isinstance(layers[0], L.MaxPooling2D) else (4,))) == inside
 
 
-def test_what_two_layers_read_is_not_swallowed():
+def test_what_two_layers_read_is_not_fused():
     x = L.Input((4,))
     y = dense("a")(x)
     for readers in ([L.ReLU(), L.Activation("tanh")], [L.BatchNormalization(), L.ReLU()]):
-        assert swallowed(keras.Model(x, [reader(y) for reader in readers])) == []
-    assert swallowed(keras.Model(x, [L.ReLU()(y), y])) == []  # nor what the caller reads
+        assert fused(keras.Model(x, [reader(y) for reader in readers])) == []
+    assert fused(keras.Model(x, [L.ReLU()(y), y])) == []  # nor what the caller reads
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_what_two_layers_read_is_not_swallowed():
     ],
     ids=range(12),
 )
-def test_where_carriers_stand(layers, places):
+def test_where_boundary_quantizers_stand(layers, places):
     assert boundaries.boundary_layers(chain(*layers)) == places
 
 
-def test_what_moves_the_codes_of_a_carrier_needs_no_second_one():
+def test_what_moves_the_codes_of_a_boundary_quantizer_needs_no_second_one():
     x = L.Input((4,))
     y = dense("a")(x)
     flat = L.Flatten(name="flat")(y)
@@ -147,15 +147,15 @@ def test_menus():
         boundaries.integer_formats(["E4M3", "BF16"])
 
 
-def test_carriers_are_put_in_and_computed_with():
+def test_boundary_quantizers_are_put_in_and_computed_with():
     model = residual()
     copy = boundaries.with_boundary_quantizers(model)
     found = [path for path, layer in walking.walk(copy) if isinstance(layer, ActivationQuantizer)]
     assert found == [name + boundaries.SUFFIX for name in ("relu1", "norm", "relu2", "logits")]
     assert isinstance(copy, shared_ranges.BoundaryModel)
     assert all(copy.get_layer(name).space.names == ("INT8",) for name in found)
-    ((carrier, reader),) = shared_ranges.followers(copy)
-    assert (carrier.name, reader) == (found[0], copy.get_layer("conv2").activation_quantizer)
+    ((boundary, reader),) = shared_ranges.followers(copy)
+    assert (boundary.name, reader) == (found[0], copy.get_layer("conv2").activation_quantizer)
     assert reader.follows
     assert boundaries.boundary_layers(copy) == []  # once is enough
 

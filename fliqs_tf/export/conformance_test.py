@@ -299,8 +299,8 @@ def test_what_becomes_of_it(name, target, tmp_path):
     else:
         assert found == expected
     # A plan knows classes and formats, not every option of a layer.
-    obstacles = export.plan(final, target).obstacles
-    assert not obstacles if expected in (EXACT, ONE_STEP) else obstacles or expected not in (NO_TFLITE, NO_ONNX)
+    unsupported = export.plan(final, target).unsupported
+    assert not unsupported if expected in (EXACT, ONE_STEP) else unsupported or expected not in (NO_TFLITE, NO_ONNX)
 
 
 def test_all_that_the_exporters_and_the_graph_know_is_in_the_table():

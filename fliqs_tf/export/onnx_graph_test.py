@@ -41,7 +41,7 @@ def test_nodes_and_constants_are_named_by_their_layer(graph):
 
 
 @pytest.mark.parametrize(
-    ("carrier", "kind", "values", "raw"),
+    ("storage", "kind", "values", "raw"),
     [
         ("INT4", PROTO.INT4, [1, -1, 7], [0xF1, 0x07]),  # two to a byte, the first one low
         ("INT8", PROTO.INT8, [1, -1, 127], [1, 255, 127]),
@@ -52,11 +52,11 @@ def test_nodes_and_constants_are_named_by_their_layer(graph):
         ("BF16", PROTO.BFLOAT16, [1], [0x80, 0x3F]),
     ],
 )
-def test_codes_of_every_type(graph, carrier, kind, values, raw):
-    made = graph.constants[graph.codes(np.float32(values), carrier, "kernel")]
+def test_codes_of_every_type(graph, storage, kind, values, raw):
+    made = graph.constants[graph.codes(np.float32(values), storage, "kernel")]
     assert (made.data_type, list(made.dims), list(made.raw_data)) == (kind, [len(values)], raw)
     # Each in the oldest opset that has it.
-    assert (graph.opset, graph.ir_version) == ((23, 11) if carrier == "E2M1" else (21, 10))
+    assert (graph.opset, graph.ir_version) == ((23, 11) if storage == "E2M1" else (21, 10))
 
 
 def test_float32_values_are_a_plain_constant(graph):
