@@ -15,14 +15,14 @@ def dense(name, activations=("INT8",)):
     return fliqs_tf.Quantized(L.Dense(4), ["INT8"], activations, name=name)
 
 
-def boundary quantizer(name="boundary quantizer"):
+def boundary(name="boundary"):
     return ActivationQuantizer(["INT8"], name=name)
 
 
 def network(*between, reader=None):
     """A boundary quantizer, layers, and a quantized layer that reads what they give."""
     inputs = x = L.Input((4,))
-    for layer in (boundary quantizer(), *between, reader or dense("reader")):
+    for layer in (boundary(), *between, reader or dense("reader")):
         x = layer(x)
     return keras.Model(inputs, x)
 
@@ -31,7 +31,7 @@ def names(model):
     return [(leader.name, quantizer.name) for leader, quantizer in shared_ranges.followers(model)]
 
 
-PAIR = [("boundary quantizer", "input_quantizer")]
+PAIR = [("boundary", "input_quantizer")]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ PAIR = [("boundary quantizer", "input_quantizer")]
         ([L.BatchNormalization()], []),
         ([L.Dense(4)], []),
         ([dense("first"), L.ReLU()], PAIR),  # the first alone
-        ([boundary quantizer("second")], [("second", "input_quantizer")]),  # of two the nearer one
+        ([boundary("second")], [("second", "input_quantizer")]),  # of two the nearer one
     ],
     ids=range(8),
 )
@@ -62,9 +62,9 @@ def test_a_layer_of_a_float_input_follows_nothing():
 
 def test_several_readers_follow_one_carrier_and_what_merges_follows_none():
     inputs = L.Input((4,))
-    x = boundary quantizer("both")(inputs)
+    x = boundary("both")(inputs)
     left, right = dense("left")(x), dense("right")(L.ReLU()(x))
-    joined = dense("behind")(L.Concatenate()([boundary quantizer("a")(left), boundary quantizer("b")(right)]))
+    joined = dense("behind")(L.Concatenate()([boundary("a")(left), boundary("b")(right)]))
     model = keras.Model(inputs, joined)
     found = shared_ranges.followers(model)
     assert [leader.name for leader, _ in found] == ["both", "both"]
@@ -73,7 +73,7 @@ def test_several_readers_follow_one_carrier_and_what_merges_follows_none():
 
 def test_linked_quantizers_move_together_and_once():
     model = network(L.ReLU())
-    leader, reader = model.get_layer("boundary quantizer"), model.get_layer("reader").activation_quantizer
+    leader, reader = model.get_layer("boundary"), model.get_layer("reader").activation_quantizer
     leader.range.assign([3.0, 1.0])
     for _ in range(2):  # linking again changes nothing
         shared_ranges.link(model)
@@ -88,7 +88,7 @@ def test_linked_quantizers_move_together_and_once():
 @pytest.mark.parametrize("kind", shared_ranges.KINDS)
 def test_networks_from_a_config_are_linked(kind):
     plain = (
-        network() if kind is shared_ranges.BoundaryModel else keras.Sequential([L.Input((4,)), boundary quantizer(), dense("r")])
+        network() if kind is shared_ranges.BoundaryModel else keras.Sequential([L.Input((4,)), boundary(), dense("r")])
     )
     assert shared_ranges.has_boundary_quantizers(plain)
     assert not shared_ranges.followers(plain)[0][1].follows
