@@ -371,3 +371,12 @@ def test_the_first_sample_of_a_reading_is_that_of_the_training_step():
     np.testing.assert_array_equal(qmodel.draw_for_reading()[0], qmodel.previous_sample)
     qmodel.previous_sample.assign(1 - tf.convert_to_tensor(qmodel.previous_sample))  # as a step that XLA compiled may
     np.testing.assert_array_equal(qmodel.draw_for_reading()[0], qmodel.previous_sample)
+
+
+@pytest.mark.skipif(keras.__name__ == "keras", reason="Keras 3 has no optimizers from before 2.11")
+def test_optimizers_from_before_2_11():
+    qmodel = fliqs_tf.wrap(network(), ["INT4", "INT8"])
+    optimizer = keras.optimizers.legacy.SGD(0.1)
+    qmodel.compile(optimizer, CROSSENTROPY, target_cost="0.625x INT8", controller={"jit_compile": False})
+    logs = fit(qmodel, epochs=4)
+    assert logs["loss"][-1] < logs["loss"][0] and is_decided(qmodel)
