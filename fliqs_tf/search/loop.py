@@ -185,7 +185,8 @@ def _learn(model):
 
 def _all_finite(network) -> bool:
     """Whether all variables are: in one pass, because a sum is not finite if one term is not."""
-    values = (tf.convert_to_tensor(v) for v in network.variables)
+    # A vocabulary of tf_keras is among the variables, but is none.
+    values = (tf.convert_to_tensor(v) for v in network.variables if hasattr(v, "assign"))
     sums = [tf.reduce_sum(tf.cast(v, tf.float32)) for v in values if v.dtype.is_floating]
     return bool(tf.math.is_finite(tf.add_n(sums)))
 
