@@ -82,9 +82,9 @@ def test_a_metric_may_be_quality_and_metric_at_once():
     metric = keras.metrics.SparseCategoricalAccuracy(name="acc")
     qmodel = compiled(quality=metric, metrics=[metric], quality_every=1)
     logs = fit(qmodel, validation_data=(X, Y), quality_data=(X, Y), epochs=2)
+    assert min(logs["val_acc"]) > 0.2  # of two classes; 0 where the metric of readings took the place of the model's
     right = np.mean(np.argmax(qmodel.predict(X, verbose=0), axis=1) == Y)
-    assert logs["val_acc"][-1] == pytest.approx(right, abs=0.2) and min(logs["val_acc"]) > 0.2
-    assert sum(m.name == "acc" for m in qmodel.metrics) <= 1
+    assert qmodel.evaluate(X, Y, verbose=0, return_dict=True)["acc"] == pytest.approx(right)
 
 
 def test_quality_data_sorted_by_class_are_shuffled_and_follow_the_batches_of_training(monkeypatch):
