@@ -87,6 +87,13 @@ def test_a_metric_may_be_quality_and_metric_at_once():
     assert qmodel.evaluate(X, Y, verbose=0, return_dict=True)["acc"] == pytest.approx(right)
 
 
+def test_readings_leave_the_metric_alone():
+    metric = keras.metrics.SparseCategoricalAccuracy(name="acc")
+    qmodel = compiled(quality=metric, metrics=[metric], quality_every=1, search_steps=100)
+    fit(qmodel, quality_data=(X, Y))
+    assert float(tf.convert_to_tensor(metric.count)) == 64  # all examples of the epoch, not those of the last reading
+
+
 def test_quality_data_sorted_by_class_are_shuffled_and_follow_the_batches_of_training(monkeypatch):
     read = []
     original = fliqs_tf.SearchModel.read_quality
