@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import Any
 
+from fliqs_tf._keras import keras
 from fliqs_tf.io import batches
 from fliqs_tf.layers import batch_norm
 
@@ -14,7 +17,7 @@ ESTIMATION_BATCHES = 32
 BATCH_SIZE = 32
 
 
-def recalibrate(model, data) -> None:
+def recalibrate(model: keras.Model, data: Iterable[Any] | batches.Source | None) -> None:
     """Estimates the moving averages of a search model for its formats; a warning where there is nothing to do it from.
 
     Args:
@@ -29,7 +32,7 @@ def recalibrate(model, data) -> None:
         )
 
 
-def estimate(network, data) -> int:
+def estimate(network: keras.Model, data: Iterable[Any] | batches.Source | None) -> int:
     """Estimates the moving averages of a network from a few batches.
 
     Args:
