@@ -16,6 +16,7 @@ from fliqs_tf.costs.profile import Profile
 from fliqs_tf.search import rewards
 
 _LOG = logging.getLogger("fliqs_tf")
+TRAIN_WITH = ("widest", "sample")
 _MOST_INT32 = 2**31 - 1
 # What a file does not hold.
 _CODE = object()
@@ -33,7 +34,8 @@ class CompileConfig:
       table: Cost of samples.
       reward: An object of `rewards`.
       quality: See `quality.quality_function`.
-      quality_every, quality_samples, search_steps, seed, sample_per_replica: As for `SearchModel.compile`.
+      quality_every, quality_samples, search_steps, seed, sample_per_replica, train_with, pretrained: As for
+        `SearchModel.compile`.
       given: {argument: what `compile` was given}, for a file.
     """
 
@@ -42,11 +44,13 @@ class CompileConfig:
     table: costs.CostTable
     reward: rewards.Reward
     quality: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
-    quality_every: int
+    quality_every: int | None
     quality_samples: int
     search_steps: int | None
     seed: int
     sample_per_replica: bool
+    train_with: str | None
+    pretrained: bool | None
     given: Mapping[str, Any]
 
     @property

@@ -1,12 +1,14 @@
 """The search: a Keras model that trains one set of weights while a controller learns which formats it needs.
 
-A training step:
+A search has two halves. Until the formats are decided
 
-1. the controller draws a sample: an option for every decision;
-2. a weight step on the training batch, computed with those formats;
-3. quality: from the training batch, or, every few steps, of several samples on one held-out batch;
-4. the controller learns from quality and cost;
-5. every decision goes back to its most likely option, so that between steps the model is the network of `recipe()`.
+1. weights train in the widest formats of 8 bits or fewer;
+2. every few steps the controller draws samples, an option for every decision each; their quality is read on one batch
+   that trains no weight, and the controller learns from quality and cost.
+
+After the decision, most of the run, weights train with what was decided. Weights that come trained are read first, and
+every step trains with the decision. In the paper's form, train_with="sample", each training step computes with a sample
+of its own, and may be the reading as well. Between steps the model is always the network of `recipe()`.
 
 Source of the method: FLIQS, arXiv 2308.03290. What differs from it by default, and why, is in docs/method.md.
 """
@@ -73,7 +75,7 @@ class SearchModel(keras.Model):
             self.output_names = list(names)
         self._compiled_for: compile_config.CompileConfig | None = None
         self._is_fitting = False
-        # Whether quality comes from held-out batches: the training step is traced for the one or the other.
+        # Whether readings have batches of their own: the training step is traced for the one or the other.
         self._held_out = False
         # What a step returns is the same on all replicas; tf_keras would add it up.
         self.distribute_reduction_method = "first"
@@ -123,13 +125,15 @@ class SearchModel(keras.Model):
         *,
         target_cost: float | str | None = None,
         cost: str | costs.Cost | Profile | None = None,
-        reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = "absolute",
+        reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = "one_sided",
         quality: str | keras.metrics.Metric | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = "loss",
-        quality_every: int = 5,
+        quality_every: int | None = None,
         quality_samples: int = 4,
         search_steps: int | None = None,
         seed: int = 0,
         sample_per_replica: bool = False,
+        train_with: str | None = None,
+        pretrained: bool | None = None,
         controller: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -144,19 +148,26 @@ class SearchModel(keras.Model):
             compiling convolutions makes them slower; the rounding function is compiled all the same.
           target_cost: Number in the cost's unit, or relative to a uniform format: "0.25x INT8". `fit` needs it.
           cost: "bops", "memory", a `costs.Cost` or a `Profile`. None: that of the profile of `wrap`, or else "bops".
-          reward: "absolute", "one_sided", "soft_exponential", "hard_exponential", an object of
-            `fliqs_tf.rewards`, or a function (quality, cost / target) -> reward.
+          reward: "one_sided" (the target is a limit), "absolute" (the paper's: both sides count), "soft_exponential",
+            "hard_exponential", an object of `fliqs_tf.rewards`, or a function (quality, cost / target) -> reward.
           quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> what to
             maximize, a number or one per example.
-          quality_every: With `fit(quality_data=...)`: training steps between two readings (our choice: 5;
-            8 finds formats a little less good, and takes less time).
-          quality_samples: Samples compared on the same held-out batch at a reading (our choice: 4).
+          quality_every: Training steps between two readings. None: as many as make 300 readings (our choice), but not
+            less than 2.
+          quality_samples: Samples compared on the same batch at a reading (our choice: 4).
           search_steps: Length of the search; in the last part of it formats are decided and stay (`frozen` of
             `Controller`). None: all steps of the first `fit`.
           seed: Of the draws.
           sample_per_replica: Under a distribution strategy: False: replicas compute with the same sample, and quality
             is that of the whole batch. True: each draws its own, reads its share of the batch, and all readings
             count: more samples, noisier each.
+          train_with: What weights train with until the formats are decided. "widest": the widest formats of 8 bits or
+            fewer. "sample": what the controller draws, as in the paper; then a run without `quality_data` has its
+            readings from the training step itself. None: "widest", but "sample" with estimator="reinforce", and where
+            there are no batches to read from: a generator of training data without `quality_data`.
+          pretrained: True: the weights come trained, so that the formats are decided before the first training step.
+            False: they are decided while training. None: looks whether labels and inputs belong together for the
+            network. Not with train_with="sample".
           controller: Options of `Controller`, a dict. Where they differ from those of the present controller, a new one
             begins and what was learned is forgotten; None keeps it.
 
@@ -165,7 +176,12 @@ class SearchModel(keras.Model):
             that are not whole, a reward that needs positive quality with quality="loss".
         """
         check_strategy(self.distribute_strategy)
-        quality_every = compile_config.whole("quality_every", quality_every, 1)
+        if train_with not in (None, *compile_config.TRAIN_WITH):
+            raise ValueError(f"train_with must be 'widest', 'sample' or None, got {train_with!r}.")
+        if pretrained not in (None, False, True):
+            raise ValueError(f"pretrained must be True, False or None, got {pretrained!r}.")
+        if quality_every is not None:
+            quality_every = compile_config.whole("quality_every", quality_every, 1)
         quality_samples = compile_config.whole("quality_samples", quality_samples, 2)
         search_steps = None if search_steps is None else compile_config.whole("search_steps", search_steps, 1)
         seed = compile_config.whole("seed", seed, -(2**31))
@@ -176,7 +192,7 @@ class SearchModel(keras.Model):
         if quality == "loss" and getattr(reward_object, "needs_positive_quality", False):
             raise ValueError(
                 f"The reward {reward!r} multiplies quality, which must be positive; minus the loss is not. Use "
-                f"quality='accuracy', or reward='absolute'."
+                f"quality='accuracy', or reward='one_sided'."
             )
         table = costs.CostTable(cost_object, self.sites, [(d.name, d.options) for d in self.decisions])
         target = None
@@ -193,6 +209,8 @@ class SearchModel(keras.Model):
             "search_steps": search_steps,
             "seed": seed,
             "sample_per_replica": bool(sample_per_replica),
+            "train_with": train_with,
+            "pretrained": None if pretrained is None else bool(pretrained),
         }
         with self.distribute_strategy.scope():
             quality_of = quality_function(quality, getattr(self.network, "output_names", None) or ["output"])
@@ -262,7 +280,8 @@ class SearchModel(keras.Model):
           x, y, *args, **kwargs: As for any Keras model.
           quality_data: Examples that the weights never see: quality is read from them. A `tf.data.Dataset` of batches
             (x, y), a tuple (x, y) of arrays, which are shuffled, or a list or generator of batches. None: quality is
-            that of the training batch, which costs nothing but says less, see the README.
+            read from the training data, which are iterated a second time for it; of a generator, and with
+            train_with="sample", it is that of the training batch itself.
           calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any
             form that `quality_data` has; labels are not needed. None: the first batches of a training data set, or as
             many examples from everywhere in the training part of arrays. A generator that was trained on cannot be read
@@ -297,6 +316,12 @@ class SearchModel(keras.Model):
           total_steps: Training steps of the search. `train_on_batch` takes the decision when it is due.
           held_out: True if readings come from `read_quality` and `learn`; else each training batch is a reading.
         """
+        if not held_out and self._configuration.train_with == "widest":
+            raise ValueError(
+                "train_with='widest' needs readings on batches of their own: give fit(quality_data=...) or training "
+                "data that can be iterated twice; in a loop of your own configure_controller(held_out=True), with "
+                "read_quality and learn."
+            )
         if held_out != self._held_out:
             self._held_out = held_out
             self.train_function = None
@@ -311,7 +336,31 @@ class SearchModel(keras.Model):
             target=target,
             reward=self._configuration.reward,
             total_steps=total_steps,
+            trains_with_samples=self.trains_with_samples,
         )
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether readings without `quality_data` want batches of their own, from the training data."""
+        return self._configuration.train_with != "sample" and self.controller.estimator == "critic"
+
+    @property
+    def trains_with_samples(self) -> bool:
+        """Whether weights train with what the controller draws, see `compile`."""
+        train_with = self._configuration.train_with
+        if train_with is not None:
+            return train_with == "sample"
+        return self.controller.estimator == "reinforce" or not self._held_out
+
+    def reading_interval(self) -> int:
+        """Training steps between two readings, see `quality_every`."""
+        return self._configuration.quality_every or self.controller.reading_interval()
+
+    def training_choice(self) -> np.ndarray:
+        """What weights train with until the formats are decided: int32 [decisions], of each decision the widest option
+        of 8 bits or fewer, or the narrowest one."""
+        narrow = ([i for i, name in enumerate(d.options) if Format(name).bits <= 8] for d in self.decisions)
+        return np.array([max(options, default=0) for options in narrow], np.int32)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Keras' `train_on_batch`; takes the decision when it is due, see `configure_controller`."""
@@ -335,7 +384,7 @@ class SearchModel(keras.Model):
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        sample = self._draw(1)[0]
+        sample = self._sample_to_train_with()
         self._assign(sample)
         with training_step():
             logs = super().train_step(data)
@@ -357,6 +406,12 @@ class SearchModel(keras.Model):
             "switch_rate": switched,
         }
 
+    def _sample_to_train_with(self) -> tf.Tensor:
+        if self.trains_with_samples:
+            return self._draw(1)[0]
+        decided = tf.convert_to_tensor(self.controller.decided)
+        return tf.where(decided, self.controller.most_likely(), tf.constant(self.training_choice()))
+
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **kwargs: Any
     ) -> tf.Tensor:
@@ -376,8 +431,9 @@ class SearchModel(keras.Model):
         return quality if self._configuration.sample_per_replica else both[0], both[1]
 
     def draw_for_reading(self, step: tf.Tensor | int | None = None) -> tf.Tensor:
-        """Samples to compare on one batch, int32 [quality_samples, decisions]. The first one is that of the training
-        step, for the last step at least: an earlier one is drawn again, which XLA-compiled steps do otherwise.
+        """Samples to compare on one batch, int32 [quality_samples, decisions]. Where weights train with samples the
+        first one is that of the training step, for the last step at least: an earlier one is drawn again, which
+        XLA-compiled steps do otherwise.
 
         Args:
           step: The training step that the reading follows; None: the last one.
@@ -385,6 +441,8 @@ class SearchModel(keras.Model):
         last = tf.convert_to_tensor(self.controller.step) - 1
         step = last if step is None else step
         samples = self._draw(self._configuration.quality_samples, step)
+        if not self.trains_with_samples:
+            return samples
         trained_with = tf.where((step == last) & (last >= 0), tf.convert_to_tensor(self.previous_sample), samples[0])
         return tf.concat([trained_with[None], samples[1:]], axis=0)
 
