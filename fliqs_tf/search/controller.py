@@ -134,16 +134,16 @@ class Controller(keras.layers.Layer):
         self.jit_compile = jit_compile
 
         shape = (len(self.n_options), max(self.n_options))
-        self._mask = np.arange(shape[1]) < np.array(self.n_options)[:, None]
+        self.mask = np.arange(shape[1]) < np.array(self.n_options)[:, None]
         self.prior = None if prior is None else [[float(p) for p in row] for row in prior]
-        noise = _padded(self.prior, self._mask)
+        noise = _padded(self.prior, self.mask)
         self._odds = np.log1p((noise / START_NOISE) ** 2).astype(np.float32) * -float(noise_aware_start)
         made: estimators.Critic | estimators.Reinforce
         if estimator == "critic":
-            made = estimators.Critic(self._mask, noise, self._odds, jit_compile)
+            made = estimators.Critic(self.mask, noise, self._odds, jit_compile)
         else:
             options = (learning_rate, beta_1, normalize_advantage, sum_over_decisions, jit_compile)
-            made = estimators.Reinforce(self._mask, self.beta_max, *options)
+            made = estimators.Reinforce(self.mask, self.beta_max, *options)
         self._estimator = made
 
         self.logits = add_state(self, "logits", shape, "float32")
@@ -271,11 +271,11 @@ class Controller(keras.layers.Layer):
         else:
             share = 1.0
         start = tf.logical_and(start, tf.logical_not(tf.convert_to_tensor(self.decided)))
-        return policy.softmax(tf.where(start, share * self._odds, tf.convert_to_tensor(self.logits)), self._mask)
+        return policy.softmax(tf.where(start, share * self._odds, tf.convert_to_tensor(self.logits)), self.mask)
 
     def entropy(self) -> tf.Tensor:
         """Entropy of the decisions over its greatest value: a scalar in [0, 1]."""
-        return policy.entropy(self.probabilities(), self._mask)
+        return policy.entropy(self.probabilities(), self.mask)
 
     def expected_cost(self) -> tf.Tensor:
         """Expected cost of a sample, in the cost's unit."""
@@ -293,8 +293,8 @@ class Controller(keras.layers.Layer):
 
     def most_likely(self) -> tf.Tensor:
         """Most likely option of each decision: int32 [D]. Of equal ones the last: spaces go from narrow to wide."""
-        logits = tf.where(self._mask, tf.convert_to_tensor(self.logits), float("-inf"))
-        options = self._mask.shape[1]
+        logits = tf.where(self.mask, tf.convert_to_tensor(self.logits), float("-inf"))
+        options = self.mask.shape[1]
         return options - 1 - tf.argmax(tf.reverse(logits, [1]), axis=1, output_type=tf.int32)
 
     # Learning
@@ -360,7 +360,7 @@ class Controller(keras.layers.Layer):
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Rewards [k] of the samples, the moments updated by them, and from these the baseline and the variance."""
         objective = self._configured()
-        choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self._mask.shape[1])
+        choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self.mask.shape[1])
         if samples.shape.rank == 2:
             costs = tf.stack([objective.expected_cost(choices[i]) for i in range(samples.shape[0])])
         else:  # of many replicas
@@ -393,7 +393,7 @@ class Controller(keras.layers.Layer):
           int32 [D].
         """
         choice = agree(self.choose())
-        rest = np.where(self._mask, -_DECIDED, 0.0)
+        rest = np.where(self.mask, -_DECIDED, 0.0)
         rest[np.arange(len(choice)), choice] = 0.0
         self.logits.assign(rest.astype(np.float32))
         self.decided.assign(True)
@@ -418,7 +418,7 @@ class Controller(keras.layers.Layer):
     def regret(self) -> float:
         """How much quality a better decision could still gain, see `choosing.regret`. On the host."""
         objective, target = self._configured(), float(tf.convert_to_tensor(self.target))
-        arguments = (self.beliefs(), self._mask, objective.cost, objective.reward, target)
+        arguments = (self.beliefs(), self.mask, objective.cost, objective.reward, target)
         return choosing.regret(self.choose(), *arguments)
 
     def readings(self) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from fliqs_tf.numerics.formats import Format
 from fliqs_tf.quantize import decisions as decisions_lib
 from fliqs_tf.quantize.decisions import Decision
 from fliqs_tf.quantize.recipe import Recipe
-from fliqs_tf.search import averages, compile_config, deciding, deployment, fitting, rewards
+from fliqs_tf.search import averages, budgets, compile_config, deciding, deployment, fitting, rewards
 from fliqs_tf.search.controller import Controller, present_names
 from fliqs_tf.search.quality import quality_function
 
@@ -502,16 +502,46 @@ class SearchModel(keras.Model):
 
     # ---- results
 
-    def recipe(self) -> Recipe:
+    def recipe(self, target_cost: float | str | None = None) -> Recipe:
         """The most likely format of every decision; fixed layers are in it too.
 
         Weights that were saved before the formats were decided hold a controller that has not decided: loaded after
         the search they replace its decision, and a warning says so. To go on with such weights take `recipe()` before
         `load_weights`, and give it to `deploy`.
+
+        Args:
+          target_cost: Another budget, as for `compile`: the best recipe for it by what the critic has learned, without
+            another search. The weights were trained for the recipe of the search; docs/method.md has what it costs to
+            deploy another one with them.
+
+        Raises:
+          ValueError: A budget out of reach.
+          RuntimeError: Quality was never read, or estimator="reinforce", which knows no other budgets.
         """
+        if target_cost is not None:
+            return budgets.recipe(self, target_cost)
         if not self._is_fitting:
             self._warn_if_open()
         return self._most_likely_recipe()
+
+    def pareto(self, targets: Sequence[float | str] | None = None) -> list[budgets.Budget]:
+        """The best recipe for each of several budgets, and what the critic expects it to lose, from one search.
+
+        Args:
+          targets: Budgets, as `target_cost` of `compile`. None: 12 from the least to the greatest cost.
+
+        Returns:
+          A `Budget` for each, in order.
+
+        Raises:
+          ValueError: A budget out of reach.
+          RuntimeError: See `recipe`.
+        """
+        return budgets.table(self, targets)
+
+    def uniform_budgets(self) -> dict[str, budgets.Budget]:
+        """{format: what the critic expects of it everywhere}, for formats that every decision may take."""
+        return budgets.uniform(self)
 
     def _warn_if_open(self) -> None:
         step = int(tf.convert_to_tensor(self.controller.step))
