@@ -1,5 +1,7 @@
 """FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
 
+import types
+
 from fliqs_tf import costs, export
 from fliqs_tf.costs.profile import Profile
 from fliqs_tf.io import loading
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> types.ModuleType:
     """`fliqs_tf.tfmot` is loaded when it is first used: TensorFlow Model Optimization is optional and large."""
     if name == "tfmot":
         import fliqs_tf.tfmot
