@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
 
 from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
@@ -10,6 +15,7 @@ from fliqs_tf.export import boundaries, lowering, planning, targets
 from fliqs_tf.io import batches
 from fliqs_tf.layers import composite, ranges
 from fliqs_tf.numerics.formats import Format
+from fliqs_tf.numerics.space import SpaceLike
 from fliqs_tf.quantize import copying
 from fliqs_tf.quantize.network import (
     layers_to_quantize,
@@ -18,23 +24,23 @@ from fliqs_tf.quantize.network import (
     warn_of_own_training,
 )
 from fliqs_tf.quantize.recipe import Recipe
-from fliqs_tf.quantize.rules import UNCHANGED, Rule, as_rules
+from fliqs_tf.quantize.rules import UNCHANGED, Rule, RuleLike, as_rules
 from fliqs_tf.search.model import SearchModel
 
 
 def wrap(
-    model,
-    space=None,
-    rules=(),
+    model: keras.Model,
+    space: SpaceLike | None = None,
+    rules: Sequence[RuleLike] = (),
     *,
-    profile=None,
-    target=None,
-    granularity="layer",
-    tensors="together",
-    input_shape=None,
-    embeddings=False,
-    attention_scores=False,
-):
+    profile: Profile | str | os.PathLike | None = None,
+    target: str | None = None,
+    granularity: str = "layer",
+    tensors: str = "together",
+    input_shape: Any = None,
+    embeddings: bool = False,
+    attention_scores: bool = False,
+) -> SearchModel:
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
@@ -77,6 +83,7 @@ def wrap(
                 f"{option}=True has no form in the files of target {target!r}: leave {option}=False, or take "
                 f"target='packed' or none."
             )
+    spaces: Sequence[SpaceLike]
     if profile is None:
         spaces = ("FLIQS-S-INT" if space is None else space,)
     else:
@@ -112,7 +119,7 @@ def _for_integers(rule: Rule) -> Rule:
     return dataclasses.replace(rule, formats=boundaries.integer_formats(rule.formats)) if has_formats else rule
 
 
-def _check_target(network, target: str) -> None:
+def _check_target(network: keras.Model, target: str) -> None:
     """Raises if the target has no form of a layer, or a rule gives one formats that the target does not run."""
     for row in planning.plan(network, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
@@ -124,10 +131,10 @@ def apply(
     recipe: Recipe | Format | str,
     *,
     target: str | None = None,
-    input_shape=None,
+    input_shape: Any = None,
     embeddings: bool = False,
     attention_scores: bool = False,
-    calibration_data=None,
+    calibration_data: tf.data.Dataset | Iterable[Any] | None = None,
 ) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 

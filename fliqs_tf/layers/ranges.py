@@ -7,7 +7,8 @@ becomes of an example depends on the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -45,7 +46,7 @@ def unseen(model: keras.Model) -> dict[str, ActivationQuantizer]:
     }
 
 
-def calibrate(model: keras.Model, batches: Iterable, *, only_unseen: bool = True) -> int:
+def calibrate(model: keras.Model, batches: Iterable[Any], *, only_unseen: bool = True) -> int:
     """Gives ranges to activation quantizers from data: each batch counts as one step of training.
 
     Forward passes as at inference, not in a graph: nothing is traced. Quantizers that learn a range do not round
@@ -71,19 +72,19 @@ def calibrate(model: keras.Model, batches: Iterable, *, only_unseen: bool = True
     return used
 
 
-def _open_quantizers(model) -> list[Quantizer]:
+def _open_quantizers(model: keras.Model) -> list[Quantizer]:
     """The quantizers whose format is still to be decided."""
     layers = [layer for _, layer in walking.walk(model) if isinstance(layer, (Quantized, Product))]
     found = [q for layer in layers for q in (*layer.weight_quantizers, *layer.activation_quantizers)]
     return [q for q in found if q.choice is not None]
 
 
-def _float(x, **_):
+def _float(x: tf.Tensor, **_: Any) -> tf.Tensor:
     return x
 
 
-def _observer(quantizer):
-    def observe(x, **_):
+def _observer(quantizer: ActivationQuantizer) -> Callable[..., tf.Tensor]:
+    def observe(x: tf.Tensor, **_: Any) -> tf.Tensor:
         if not quantizer.follows:
             quantizer.observe(tf.cast(x, tf.float32))
         return x
