@@ -94,7 +94,7 @@ def build_network(data) -> keras.Model:
         sys.exit(str(error))
     except (MemoryError, tf.errors.ResourceExhaustedError):
         sys.exit(f"--model={FLAGS.model} --width={FLAGS.width} does not fit into memory. Lower --width.")
-    if FLAGS.init:
+    if "init" in FLAGS and FLAGS.init:  # evaluate.py has weights of its own
         try:
             initial.load(network, pathlib.Path(FLAGS.init))
         except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ class Reader:
 
         Args:
           most: Readings at most; None: `READINGS`.
-          verbose: Show progress, with the time left at most.
+          verbose: Print progress, with the time left at most.
 
         Returns:
           The number of readings.
@@ -92,17 +93,22 @@ class Reader:
         before = int(tf.convert_to_tensor(controller.total_steps)), int(tf.convert_to_tensor(controller.step))
         controller.total_steps.assign(controller.steps_to_decide_at(most))
         agreed = replicas.Workers(self.strategy).first
-        bar = keras.utils.Progbar(most, unit_name="reading") if verbose else None
+        start = time.monotonic()
         done = 0
         for done in range(1, most + 1):
             controller.step.assign(done - 1)
             self.read(done - 1)
-            if bar is not None:
-                bar.update(done, finalize=False)
-            if done % _LOOK_EVERY == 0 and agreed(np.array(controller.regret())) < SURE:
-                break
-        if bar is not None:
-            bar.update(done, finalize=True)
+            if done % _LOOK_EVERY == 0:
+                regret = float(agreed(np.array(controller.regret())))
+                if verbose:
+                    left = (time.monotonic() - start) / done * (most - done)
+                    print(
+                        f"reading {done} of {most} at most, {left:.0f} s left at most; a better choice may gain "
+                        f"{regret:.1%} (below {SURE:.1%}: done)",
+                        flush=True,
+                    )
+                if regret < SURE:
+                    break
         controller.total_steps.assign(before[0])
         controller.step.assign(before[1])
         deciding.decide(model)
