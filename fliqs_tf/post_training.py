@@ -116,7 +116,7 @@ def decide_formats(
             "those of other examples. Formats that are chosen now say nothing of the trained network.",
             searched.name,
         )
-    count = reader.decide_before_training(most=readings, verbose=verbose)
+    count = reader.decide_before_training(most=readings or READINGS, verbose=verbose)
     if readings is None and count == READINGS:
         _LOG.info("Not sure after %d readings: more (readings=...) or larger batches may find better formats.", count)
     calibration = source if calibration_data is None else calibration_data

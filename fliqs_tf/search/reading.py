@@ -27,6 +27,8 @@ _TRAINED, _TRAINED_BATCHES = 0.5, 4
 # Without training, readings end when a better choice could gain no more than this share of what the narrowest formats
 # lose, which is looked at after every so many of them.
 SURE, _LOOK_EVERY = 0.005, 25
+# Readings that take longer than the training would not be worth it; fewer say too little.
+LEAST = 50
 
 
 class Reader:
@@ -80,14 +82,15 @@ class Reader:
         The readings go through the schedule of a search of that many, so that samples come closer to the target.
 
         Args:
-          most: Readings at most; None: `READINGS`.
+          most: Readings at most; None: as many as a quarter of the training steps to come, but `LEAST` to `READINGS`.
           verbose: Print progress, with the time left at most.
 
         Returns:
           The number of readings.
         """
         model, controller = self.model, self.model.controller
-        most = READINGS if most is None else most
+        steps = int(tf.convert_to_tensor(controller.total_steps))
+        most = min(READINGS, max(LEAST, steps // 4)) if most is None else most
         inputs = (batch.x for batch in self._source.some(_RANGE_BATCHES, self._size)) if self._can_calibrate() else ()
         ranges.calibrate(model.network, inputs)
         before = int(tf.convert_to_tensor(controller.total_steps)), int(tf.convert_to_tensor(controller.step))
