@@ -23,6 +23,7 @@ import tensorflow as tf
 from fliqs_tf import costs, replicas
 from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
 from fliqs_tf.costs.profile import Profile
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import batch_norm, shared_ranges
 from fliqs_tf.layers.quantizers import training_step
 from fliqs_tf.numerics.formats import Format
@@ -42,7 +43,7 @@ class SearchModel(keras.Model):
 
     Args:
       network: Model with `Quantized` layers, or what TensorFlow Model Optimization's `quantize_apply` made with a
-        `fliqs_tf.tfmot.FliqsQuantizeScheme`; it is trained in place.
+        `fliqs_tf.tfmot.FliqsQuantizeScheme`, or the `ModelGraph` of one; it is trained in place.
       controller: Options of `Controller`, as a dict.
       input_shape: Shape of one example, where the network leaves it open.
       profile: The platform that is searched for, a `Profile` or None.
@@ -50,10 +51,11 @@ class SearchModel(keras.Model):
 
     def __init__(self, network, controller=None, input_shape=None, profile=None, **kwargs):
         super().__init__(**kwargs)
-        self.network = network
+        self.graph = graph = ModelGraph.of(network)
+        self.network = network = graph.model
         self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
-        if shared_ranges.has_boundary_quantizers(network):
-            shared_ranges.link(network)
+        if shared_ranges.has_boundary_quantizers(graph):
+            shared_ranges.link(graph)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
         if names := getattr(network, "output_names", None):
@@ -88,12 +90,12 @@ class SearchModel(keras.Model):
     @functools.cached_property
     def decisions(self) -> list[Decision]:
         """What the search decides, in network order."""
-        return decisions_lib.open_decisions(self.network)
+        return decisions_lib.open_decisions(self.graph)
 
     @functools.cached_property
     def sites(self) -> list[costs.Site]:
         """The layers that costs count."""
-        return costs.sites(self.network, self._example_shape)
+        return costs.sites(self.graph, self._example_shape)
 
     def call(self, inputs, training=None, mask=None):
         return self.network(inputs, training=training)
@@ -379,7 +381,7 @@ class SearchModel(keras.Model):
         self._assign(sample)
         states = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(tf.convert_to_tensor(v)) for v in states]
-        with batch_norm.batch_statistics(self.network):
+        with batch_norm.batch_statistics(self.graph):
             y_pred = self(x, training=True)
         self.compute_loss(x, y, y_pred, sample_weight)
         quality, _ = self._quality_of_batch()
