@@ -1,5 +1,9 @@
 """FLIQS for Keras: one-shot mixed-precision floating-point and integer quantization search."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fliqs_tf import costs, export
 from fliqs_tf.costs.profile import Profile
 from fliqs_tf.io import loading
@@ -15,6 +19,9 @@ from fliqs_tf.search import rewards, schedules
 from fliqs_tf.search.controller import Controller
 from fliqs_tf.search.model import SearchModel
 from fliqs_tf.wrapping import apply, wrap
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -43,7 +50,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     """`fliqs_tf.tfmot` is loaded when it is first used: TensorFlow Model Optimization is optional and large."""
     if name == "tfmot":
         import fliqs_tf.tfmot

@@ -11,7 +11,8 @@ import functools
 import importlib
 import inspect
 import numbers
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -25,7 +26,7 @@ IS_KERAS_3 = keras.__name__ == "keras"
 NAME = f"Keras {keras.__version__}" if IS_KERAS_3 else f"tf_keras {keras.__version__}"
 
 
-def check_model(model) -> None:
+def check_model(model: object) -> None:
     """Raises unless `model` is a model of this process's `tf.keras`.
 
     Raises:
@@ -63,7 +64,9 @@ def check_strategy(strategy: tf.distribute.Strategy) -> None:
         )
 
 
-def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0):
+def add_state(
+    layer: keras.layers.Layer, name: str, shape: tuple[int, ...], dtype: str, *, initial: float = 0
+) -> tf.Variable:
     """A variable that the optimizer leaves alone, the same number under both Kerases.
 
     Replicas of a distribution strategy have a copy each and assign their own value, without a word to the others.
@@ -82,7 +85,7 @@ def add_state(layer, name: str, shape: tuple[int, ...], dtype: str, *, initial=0
     return layer.add_weight(**options, experimental_autocast=False, aggregation=tf.VariableAggregation.NONE)
 
 
-def build_optimizer(optimizer, variables) -> None:
+def build_optimizer(optimizer: keras.optimizers.Optimizer, variables: Sequence[tf.Variable]) -> None:
     """Makes the variables of an optimizer, which Keras otherwise does in the first step."""
     if hasattr(optimizer, "build"):
         optimizer.build(variables)
@@ -90,7 +93,7 @@ def build_optimizer(optimizer, variables) -> None:
         optimizer._create_all_weights(variables)
 
 
-def clone(network, clone_function):
+def clone(network: keras.Model, clone_function: Callable[[keras.layers.Layer], keras.layers.Layer]) -> keras.Model:
     """A copy of a network of layers that a function makes from its own, not compiled: Keras 3 would compile it from a
     config, which has no form for a loss or a metric of one's own."""
     compiled = network.__dict__.get("compiled")
@@ -108,7 +111,7 @@ def only_shapes() -> bool:
     return "scratch_graph" in getattr(tf.compat.v1.get_default_graph(), "name", "")
 
 
-def float_value(variable) -> tf.Tensor:
+def float_value(variable: tf.Variable) -> tf.Tensor:
     """A variable as it is stored, also where mixed precision would cast what a layer reads."""
     if IS_KERAS_3:
         return tf.convert_to_tensor(variable._value)
@@ -116,7 +119,7 @@ def float_value(variable) -> tf.Tensor:
 
 
 @contextlib.contextmanager
-def substituted(layer, attribute: str, tensor):
+def substituted(layer: keras.layers.Layer, attribute: str, tensor: tf.Tensor) -> Iterator[None]:
     """Within it, `layer.call` sees `tensor` where it would read the variable `layer.<attribute>`."""
     variable = getattr(layer, attribute)
     if IS_KERAS_3:
@@ -131,14 +134,14 @@ def substituted(layer, attribute: str, tensor):
             object.__setattr__(layer, attribute, variable)
 
 
-def weights_of_attributes(layer) -> list:
+def weights_of_attributes(layer: keras.layers.Layer) -> list[tf.Variable]:
     """The weights of a layer without those of the layers that it holds."""
     if IS_KERAS_3:
         return [*layer._trainable_variables, *layer._non_trainable_variables]
     return [*layer._trainable_weights, *layer._non_trainable_weights]
 
 
-def map_shapes(function, shapes):
+def map_shapes(function: Callable[[Any], Any], shapes: Any) -> Any:
     """A structure of shapes (lists and dicts of them) with the function applied to each.
 
     Raises:
@@ -155,7 +158,7 @@ def map_shapes(function, shapes):
     raise ValueError(f"A shape is a list of sizes (None: open); there may be a list or dict of shapes. Got {shapes!r}.")
 
 
-def recorded_input_specs(model):
+def recorded_input_specs(model: keras.Model) -> Any:
     """What a model says that its input is: a structure of `tf.TensorSpec` without the batch axis; None if nothing.
 
     Raises:
@@ -183,7 +186,7 @@ def recorded_input_specs(model):
     return map_shapes(lambda shape: tf.TensorSpec(shape[1:], tf.float32), built["input_shape"])
 
 
-def attributes(layer) -> dict:
+def attributes(layer: keras.layers.Layer) -> dict[str, Any]:
     """What a layer holds, {name: value}, but what Keras itself keeps in it."""
     return {name: value for name, value in vars(layer).items() if name not in _own_attributes()}
 
@@ -196,7 +199,7 @@ def _own_attributes() -> frozenset[str]:
     return frozenset({*vars(layer), *vars(keras.Model()), *vars(graph), *vars(keras.Sequential())} - {"held"})
 
 
-def replace_layers(owner, new: dict) -> None:
+def replace_layers(owner: keras.layers.Layer, new: Mapping[int, keras.layers.Layer]) -> None:
     """Replaces layers where a built layer holds them: in its graph, in attributes, in lists, tuples and dicts there.
 
     Args:
@@ -204,10 +207,10 @@ def replace_layers(owner, new: dict) -> None:
       new: {id of a layer: the layer to put in its place}.
     """
 
-    def swapped(layers):
+    def swapped(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:
         return [new.get(id(layer), layer) for layer in layers]
 
-    def swap(layers):
+    def swap(layers: list[keras.layers.Layer]) -> None:
         list.__setitem__(layers, slice(None), swapped(layers))
 
     for part in (owner, getattr(owner, "_functional", None)):  # a Sequential model of Keras 3 has its graph inside
@@ -241,7 +244,7 @@ def replace_layers(owner, new: dict) -> None:
             vars(owner)[name] = vars(owner).pop(name)
 
 
-def add_layer(owner, attribute: str, layer) -> None:
+def add_layer(owner: keras.layers.Layer, attribute: str, layer: keras.layers.Layer) -> None:
     """Sets a layer as an attribute of one that is built already."""
     if IS_KERAS_3:
         owner._tracker.unlock()
@@ -252,20 +255,20 @@ def add_layer(owner, attribute: str, layer) -> None:
             owner._tracker.lock()
 
 
-def replace_layer(owner, attribute: str, layer) -> None:
+def replace_layer(owner: keras.layers.Layer, attribute: str, layer: keras.layers.Layer) -> None:
     """Sets another layer as an attribute. Keras 3 by itself would go on counting the variables of the old one."""
     if IS_KERAS_3:
         owner._tracker.untrack(getattr(owner, attribute))
     setattr(owner, attribute, layer)
 
 
-def _replaced(value, new: dict):
+def _replaced(value: Any, new: Mapping[int, keras.layers.Layer]) -> Any:
     """The value of an attribute with layers replaced; the value itself if there are none."""
     if id(value) in new:
         return new[id(value)]
     if isinstance(value, dict):
-        items = {key: _replaced(entry, new) for key, entry in value.items()}
-        return items if any(items[key] is not entry for key, entry in value.items()) else value
+        by_key = {key: _replaced(entry, new) for key, entry in value.items()}
+        return by_key if any(by_key[key] is not entry for key, entry in value.items()) else value
     if isinstance(value, (list, tuple)):
         items = [_replaced(entry, new) for entry in value]
         if all(a is b for a, b in zip(items, value)):

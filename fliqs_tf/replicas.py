@@ -89,13 +89,13 @@ class Workers:
         return (self._average(tf.constant(flags, tf.float32)) > 0).tolist()
 
 
-def _is_first(resolver) -> bool:
+def _is_first(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> bool:
     if not resolver.task_type:  # several devices, but one process
         return True
     has_chief = "chief" in resolver.cluster_spec().as_dict()
     return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
 
 
-def _reduce(operation, value):
+def _reduce(operation: tf.distribute.ReduceOp, value: tf.Tensor) -> tf.Tensor:
     # An argument of a traced function is on no device yet; where the result goes is read from the value.
     return tf.distribute.get_replica_context().all_reduce(operation, tf.identity(value))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
 
 from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
@@ -11,6 +16,7 @@ from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches
 from fliqs_tf.layers import composite, ranges
 from fliqs_tf.numerics.formats import Format
+from fliqs_tf.numerics.space import SpaceLike
 from fliqs_tf.quantize import copying
 from fliqs_tf.quantize.network import (
     layers_to_quantize,
@@ -19,23 +25,23 @@ from fliqs_tf.quantize.network import (
     warn_of_own_training,
 )
 from fliqs_tf.quantize.recipe import Recipe
-from fliqs_tf.quantize.rules import UNCHANGED, Rule, as_rules
+from fliqs_tf.quantize.rules import UNCHANGED, Rule, RuleLike, as_rules
 from fliqs_tf.search.model import SearchModel
 
 
 def wrap(
-    model,
-    space=None,
-    rules=(),
+    model: keras.Model,
+    space: SpaceLike | None = None,
+    rules: Sequence[RuleLike] = (),
     *,
-    profile=None,
-    target=None,
-    granularity="layer",
-    tensors="together",
-    input_shape=None,
-    embeddings=False,
-    attention_scores=False,
-):
+    profile: Profile | str | os.PathLike | None = None,
+    target: str | None = None,
+    granularity: str = "layer",
+    tensors: str = "together",
+    input_shape: Any = None,
+    embeddings: bool = False,
+    attention_scores: bool = False,
+) -> SearchModel:
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
@@ -78,6 +84,7 @@ def wrap(
                 f"{option}=True has no form in the files of target {target!r}: leave {option}=False, or take "
                 f"target='packed' or none."
             )
+    spaces: Sequence[SpaceLike]
     if profile is None:
         spaces = ("FLIQS-S-INT" if space is None else space,)
     else:
@@ -125,10 +132,10 @@ def apply(
     recipe: Recipe | Format | str,
     *,
     target: str | None = None,
-    input_shape=None,
+    input_shape: Any = None,
     embeddings: bool = False,
     attention_scores: bool = False,
-    calibration_data=None,
+    calibration_data: tf.data.Dataset | Iterable[Any] | None = None,
 ) -> keras.Model:
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import re
 import reprlib
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from fliqs_tf.costs.counting import Site
 from fliqs_tf.costs.pricing import Cost
 from fliqs_tf.numerics.formats import Format
-
-_LARGEST = sys.float_info.max
 
 
 class CostTable:
@@ -32,9 +30,9 @@ class CostTable:
     """
 
     def __init__(self, cost: Cost, sites: Sequence[Site], decisions: Sequence[tuple[str, Sequence[str]]]):
-        index = {name: i for i, (name, _) in enumerate(decisions)}
+        index: dict[str | None, int] = {name: i for i, (name, _) in enumerate(decisions)}
         options = [[Format(f) for f in names] for _, names in decisions]
-        self.unit, self.names = cost.unit, list(index)
+        self.unit, self.names = cost.unit, [name for name, _ in decisions]
         self.per_unit = cost.per_unit
         width = max(len(formats) for formats in options)
         self.constant = 0
@@ -60,7 +58,7 @@ class CostTable:
                 matrix[: len(weight_formats), : len(input_formats)] += prices
         self.sizes = [len(formats) for formats in options]
 
-    def of_samples(self, samples) -> np.ndarray:
+    def of_samples(self, samples: ArrayLike) -> np.ndarray:
         """Exact cost of samples. Args: int array [m, decisions]. Returns: float64 [m], in the unit."""
         samples = np.atleast_2d(np.asarray(samples))
         total = self.constant + self.tables[np.arange(len(self.sizes)), samples].sum(axis=1)
@@ -85,7 +83,7 @@ class CostTable:
         """Least and greatest cost of any sample, in the unit."""
         return self._extreme(np.argmin), self._extreme(np.argmax)
 
-    def _extreme(self, best) -> float:
+    def _extreme(self, best: Callable[[np.ndarray], np.intp]) -> float:
         """Decision by decision until nothing changes: exact when decisions price layers of their own, and for any
         cost that rises with each format on its own, as BOPs and memory do."""
         sample = np.array([best(self.tables[d, :n]) for d, n in enumerate(self.sizes)])
@@ -114,29 +112,41 @@ def parse_target_cost(
     Raises:
       ValueError: Not a number, or out of reach; prints the reachable range.
     """
-    value: Any = text
+    value: object = text
     if isinstance(text, str):
         match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(?:[x*]\s*([A-Za-z0-9]+))?\s*", text)
         try:
-            value = float(match[1])
-        except (TypeError, ValueError):
+            value = float(match[1] if match else "")
+        except ValueError:
             raise ValueError(
                 f"target_cost must be a number in {unit} or relative to a uniform format, such as '0.25x INT8'; "
                 f"got {text!r}."
             ) from None
-        if match[2]:
-            value *= model_cost(Format(match[2]).name)
+        if match and match[2]:
+            value = value * model_cost(Format(match[2]).name)
     low, high = reachable
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= _LARGEST:
+    target = _finite(value)
+    if target is None:
         raise ValueError(
             f"target_cost must be a number in {unit} or a text such as '0.25x INT8', got {reprlib.repr(text)}."
         )
     slack = 1e-6 * high
-    if not low - slack <= value <= high + slack:
+    if not low - slack <= target <= high + slack:
         given = f" ({text!r})" if isinstance(text, str) else ""
         raise ValueError(
-            f"target_cost {value:.6g} {unit}{given} is out of reach: the formats of this search cost from {low:.6g} to "
-            f"{high:.6g} {unit}."
+            f"target_cost {target:.6g} {unit}{given} is out of reach: the formats of this search cost from {low:.6g} "
+            f"to {high:.6g} {unit}."
         )
-    return float(value)
+    return target
+
+
+def _finite(value: object) -> float | None:
+    """A number that float64 can hold; None for anything else."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
+from fliqs_tf._keras import keras
 from fliqs_tf.graph import tracing, walking
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
@@ -38,7 +40,7 @@ class Site:
     is_table: bool = False
 
 
-def sites(model, input_shape=None, named=()) -> list[Site]:
+def sites(model: keras.Model, input_shape: Any = None, named: Collection[str] = ()) -> list[Site]:
     """The layers of a model that a cost counts, in network order.
 
     Args:
@@ -79,7 +81,9 @@ def _site(traced: tracing.TracedLayer, quantized: Quantized | Product | None, pl
     )
 
 
-def site_formats(model, formats: Recipe | Format | str | None = None) -> list[tuple[Site, Format, Format]]:
+def site_formats(
+    model: keras.Model | list[tuple[Site, Format, Format]], formats: Recipe | Format | str | None = None
+) -> list[tuple[Site, Format, Format]]:
     """What a cost prices: (layer, weight format, input format) in network order.
 
     Costs and profiles take it in place of a model, which saves tracing the model for each of them.
@@ -110,16 +114,15 @@ def site_formats(model, formats: Recipe | Format | str | None = None) -> list[tu
     return [(site, *_formats_of(site, formats, name)) for site in found]
 
 
-def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
-    is_recipe = isinstance(formats, Recipe)
-    of_layer = formats.of_layers().get(site.path) if is_recipe else None
+def _formats_of(site: Site, formats: Recipe | Format | str | None, model_name: str) -> tuple[Format, Format]:
+    of_layer = formats.of_layers().get(site.path) if isinstance(formats, Recipe) else None
 
-    def pick(tensor, decision, options):
+    def pick(tensor: str, decision: str | None, options: Sequence[str]) -> Format:
         if decision is None:
             return FLOAT
         if formats is None:
             return Format(options[0])
-        if not is_recipe:
+        if not isinstance(formats, Recipe):
             return Format(formats)
         if of_layer is not None:  # the decisions of a plain model are not yet those of the recipe
             decision = of_layer.get(tensor)
@@ -137,7 +140,7 @@ def _formats_of(site: Site, formats, model_name: str) -> tuple[Format, Format]:
     )
 
 
-def recipe_of(sites: Sequence[Site], formats: dict[str, str]) -> Recipe:
+def recipe_of(sites: Sequence[Site], formats: Mapping[str, str]) -> Recipe:
     """The recipe of a wrapped network's sites.
 
     Where layers are quantized in different ways, which `wrap` does not do, but a `Quantized` of one's own or a
@@ -149,14 +152,15 @@ def recipe_of(sites: Sequence[Site], formats: dict[str, str]) -> Recipe:
     """
     in_float = [s.path for s in sites if s.weight_decision is None]
     info = {"float_layers": in_float} if in_float else {}
-    kinds = {_tensors(site) for site in sites if not site.is_table} - {None}
+    kinds = {kind for site in sites if not site.is_table and (kind := _tensors(site)) is not None}
     if len(kinds) > 1:
-        ordered = {
+        by_layer = {
             name: formats.get(end, options[0]) if end else options[0] for name, end, options in _ends_by_layer(sites)
         }
-        return Recipe(ordered, "separate", info=info)
+        return Recipe(by_layer, "separate", info=info)
     (kind,) = kinds or {"weights"}
-    ordered, layers = {}, {}
+    ordered: dict[str, str] = {}
+    layers: dict[str, list[str]] = {}
     for site in sites:
         ends = ((site.weight_decision, site.weight_formats), (site.activation_decision, site.activation_formats))
         for decision, options in ends:

@@ -14,8 +14,10 @@ own) and tables that were not asked for are not counted, whatever the formats.
 from __future__ import annotations
 
 import dataclasses
+import fractions
 from collections.abc import Callable
 
+from fliqs_tf._keras import keras
 from fliqs_tf.costs import counting
 from fliqs_tf.costs.counting import Site
 from fliqs_tf.numerics.formats import Format
@@ -37,9 +39,11 @@ class Cost:
     name: str
     unit: str
     per_unit: int
-    layer: Callable[[Site, Format, Format], int]
+    layer: Callable[[Site, Format, Format], int | fractions.Fraction]
 
-    def __call__(self, model, formats: Recipe | Format | str | None = None) -> float:
+    def __call__(
+        self, model: keras.Model | list[tuple[Site, Format, Format]], formats: Recipe | Format | str | None = None
+    ) -> float:
         """Total cost of a model in `unit`.
 
         Args:

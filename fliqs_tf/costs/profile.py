@@ -43,7 +43,8 @@ from fliqs_tf._keras import keras
 from fliqs_tf.costs import counting, pricing, profile_entries
 from fliqs_tf.io.files import read_json
 from fliqs_tf.numerics.formats import Format
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
+from fliqs_tf.quantize.recipe import Recipe
 
 _SHIPPED = pathlib.Path(__file__).parent / "profiles"
 _MOST_BYTES = 2**20
@@ -136,7 +137,7 @@ class Profile:
         """Names of the profiles that come with the package."""
         return tuple(sorted(path.stem for path in _SHIPPED.glob("*.json")))
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Profile) and self.data == other.data
 
     def __hash__(self) -> int:
@@ -189,7 +190,11 @@ class Profile:
         known = list(dict.fromkeys(w for w, _ in self.pairs))
         return f"It has no {weights} weights, only {profile_entries.listed(known)}."
 
-    def unsupported_layers(self, model, formats=None) -> list[UnsupportedLayer]:
+    def unsupported_layers(
+        self,
+        model: keras.Model | list[tuple[counting.Site, Format, Format]],
+        formats: Recipe | Format | str | None = None,
+    ) -> list[UnsupportedLayer]:
         """The layers that the platform cannot run, in network order; [] if it runs the network.
 
         Args:
@@ -209,7 +214,7 @@ class Profile:
                 found.append(UnsupportedLayer(site.path, self._as_run(weights), self._as_run(activations), reason))
         return found
 
-    def spaces(self, tensors: str = "together", space=None) -> tuple[Space, Space]:
+    def spaces(self, tensors: str = "together", space: SpaceLike | None = None) -> tuple[Space, Space]:
         """Spaces of weights and of inputs of which every choice can run.
 
         With "together" they are the formats that the platform multiplies by themselves, with "weights" the weight
@@ -267,7 +272,7 @@ class Profile:
         if not blocks:
             raise ValueError(f"{self.name} multiplies none of {profile_entries.listed(list(wanted))} by each other.")
 
-        def worth(block):
+        def worth(block: tuple[list[str], list[str]]) -> tuple[fractions.Fraction, int, tuple[list[str], list[str]]]:
             prices = [self.pairs[w, a] for w in block[0] for a in block[1]]
             # The names last, so that the choice does not depend on the order of a set.
             return max(prices) / min(prices), len(prices), block
@@ -288,9 +293,9 @@ class Profile:
 
     # ---- saving
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {"data": self.data}
 
     @classmethod
-    def from_config(cls, config) -> Profile:
+    def from_config(cls, config: Mapping[str, Any]) -> Profile:
         return cls(**config)

@@ -6,7 +6,8 @@ import fractions
 import functools
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from fliqs_tf.numerics.formats import Format
 
@@ -15,7 +16,7 @@ _LEAST, _MOST = fractions.Fraction(1, 10**12), fractions.Fraction(10**12)
 _FIGURE = re.compile(r"\d{1,15}(?:\.\d{1,15})?(?:/\d{1,15}(?:\.\d{1,15})?)?", re.ASCII)
 
 
-def pairs(entries, sources) -> dict[tuple[str, str], fractions.Fraction]:
+def pairs(entries: object, sources: Mapping[str, Any]) -> dict[tuple[str, str], fractions.Fraction]:
     """(weight format, input format) -> cost per MAC."""
     pairs: dict[tuple[str, str], fractions.Fraction] = {}
     for where, entry in _entries(entries, "cost_per_mac", least=1):
@@ -30,7 +31,7 @@ def pairs(entries, sources) -> dict[tuple[str, str], fractions.Fraction]:
     return pairs
 
 
-def weight_sizes(entries, sources) -> dict[str, fractions.Fraction]:
+def weight_sizes(entries: object, sources: Mapping[str, Any]) -> dict[str, fractions.Fraction]:
     """Weight format -> bytes of a weight."""
     sizes: dict[str, fractions.Fraction] = {}
     for where, entry in _entries(entries, "bytes_per_weight", least=0):
@@ -44,7 +45,7 @@ def weight_sizes(entries, sources) -> dict[str, fractions.Fraction]:
     return sizes
 
 
-def sources(data) -> dict[str, dict[str, str]]:
+def sources(data: object) -> dict[str, dict[str, str]]:
     """{key: {title, url, says}}."""
     if not isinstance(data, Mapping) or not data:
         raise ValueError(f'"sources" must be {{key: {{"title", "url", "says"}}}}, got {reprlib.repr(data)}.')
@@ -56,13 +57,13 @@ def sources(data) -> dict[str, dict[str, str]]:
     return dict(data)
 
 
-def _entries(entries, key: str, least: int):
+def _entries(entries: object, key: str, least: int) -> list[tuple[str, Any]]:
     if not isinstance(entries, (list, tuple)) or len(entries) < least:
         raise ValueError(f'"{key}" must be a list of objects, got {reprlib.repr(entries)}.')
     return [(f"{key}[{i}]", entry) for i, entry in enumerate(entries)]
 
 
-def check_keys(data, allowed, needed, where: str) -> None:
+def check_keys(data: object, allowed: Collection[str], needed: Iterable[str], where: str) -> None:
     """Raises for a key that is missing, or that nobody knows."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must be an object, got {reprlib.repr(data)}.")
@@ -74,7 +75,7 @@ def check_keys(data, allowed, needed, where: str) -> None:
         )
 
 
-def _check_cited(entry, sources, where: str) -> None:
+def _check_cited(entry: Mapping[str, Any], sources: Mapping[str, Any], where: str) -> None:
     cited = entry.get("sources")
     if not isinstance(cited, (list, tuple)) or not cited:
         raise ValueError(f'{where} must name its "sources", a list of keys of the profile\'s sources.')
@@ -83,14 +84,14 @@ def _check_cited(entry, sources, where: str) -> None:
             raise ValueError(f"{where} names the source {reprlib.repr(key)}; known: {listed(list(sources))}.")
 
 
-def checked_text(value, where: str, least: int = 1) -> str:
+def checked_text(value: object, where: str, least: int = 1) -> str:
     """A text that can be shown."""
     if not isinstance(value, str) or not least <= len(value) <= _MOST_TEXT or not value.isprintable():
         raise ValueError(f"{where} must be a text of {least} to {_MOST_TEXT} letters, got {reprlib.repr(value)}.")
     return value
 
 
-def formats(names, where: str) -> list[str]:
+def formats(names: object, where: str) -> list[str]:
     """Names of formats, each once."""
     if not isinstance(names, (list, tuple)) or not names:
         raise ValueError(f"{where} must be a list of formats, got {reprlib.repr(names)}.")
@@ -103,13 +104,15 @@ def formats(names, where: str) -> list[str]:
     return found
 
 
-def _figure(value, where: str) -> fractions.Fraction:
+def _figure(value: object, where: str) -> fractions.Fraction:
     """A positive figure, exactly: 0.25, 3, "2/989.4"."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    is_text = isinstance(value, str) and _FIGURE.fullmatch(value)
+    parts: list[str] = []
+    if isinstance(value, str) and _FIGURE.fullmatch(value):
+        parts = value.split("/")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        parts = [repr(value)]
     try:
-        parts = value.split("/") if is_text else [repr(value)]
-        figure = functools.reduce(lambda a, b: a / b, map(fractions.Fraction, parts)) if is_number or is_text else None
+        figure = functools.reduce(lambda a, b: a / b, map(fractions.Fraction, parts)) if parts else None
     except (ValueError, ZeroDivisionError):  # NaN, infinity, "1/0"
         figure = None
     if figure is None or not _LEAST <= figure <= _MOST:

@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from fliqs_tf.numerics.formats import Format
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
 
 NATIVE, EMULATED, CANNOT = "native", "emulated", "cannot"
 TARGETS = ("tflite", "onnx", "packed")
@@ -139,7 +138,7 @@ def runs(weights: Format | str, inputs: Format | str, target: str, kind: str | N
     return _TABLE[target](Format(weights), Format(inputs), kind)
 
 
-def supported_formats(space: Space | str | Sequence, target: str, tensors: str = "together") -> Space:
+def supported_formats(space: SpaceLike, target: str, tensors: str = "together") -> Space:
     """The formats of a space that a target runs, natively or emulated.
 
     Args:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf._keras import recorded_input_specs
+from fliqs_tf._keras import keras, recorded_input_specs
 
 _KINDS = (
     "a tf.data.Dataset of batches, arrays (x, or a tuple (x, y) or (x, y, sample_weight)), a list of batches, or a "
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Data that were understood, see `read`. Either `arrays` or `batches` is None.
+    """Data that were understood, see `read`: `arrays`, or else `batches`.
 
     Attributes:
       name: The argument that they were given as, for errors.
@@ -55,7 +55,7 @@ class Source:
     name: str
     inputs: tuple[tf.TensorSpec, ...]
     arrays: Batch | None = None
-    batches: Iterable | None = None
+    batches: Iterable[Any] = ()
     batch_size: int | None = None
     has_labels: bool | None = None
 
@@ -78,8 +78,8 @@ class Source:
         """All batches once; arrays in batches of `size`."""
         if self.arrays is None:
             # A Sequence of Keras need not end when it is iterated.
-            indexed = _is_indexed(self.batches)
-            given = (self.batches[i] for i in range(len(self.batches))) if indexed else self.batches
+            batches = self.batches
+            given = (batches[i] for i in range(len(batches))) if _is_indexed(batches) else batches
             return (self._as_batch(batch) for batch in given)
         return (_rows(self.arrays, slice(i, i + size)) for i in range(0, _length(self.arrays), size))
 
@@ -128,13 +128,13 @@ class Source:
             again = kept if self.is_read_once else self.in_order(size)
             yield from (batch for batch in again if example_count(batch) == whole)
 
-    def _as_batch(self, given) -> Batch:
+    def _as_batch(self, given: Any) -> Batch:
         batch = _as_batch(given, len(self.inputs), self.name)
         _check_fits(batch, self.inputs, self.name)
         return batch
 
 
-def read(data, model, name: str) -> Source:
+def read(data: tf.data.Dataset | Iterable[Any], model: keras.Model, name: str) -> Source:
     """Understands what a user gave as examples for a model.
 
     The first batch is looked at, of a generator too, so that data that do not fit are refused before they are needed.
@@ -182,21 +182,21 @@ def example_count(batch: Batch) -> int:
     return int(tf.nest.flatten(batch.x)[0].shape[0])
 
 
-def _is_array(value) -> bool:
+def _is_array(value: object) -> bool:
     return hasattr(value, "shape") and not hasattr(value, "element_spec")
 
 
-def _is_indexed(data) -> bool:
+def _is_indexed(data: object) -> TypeGuard[Sequence[Any]]:
     """True for a list, or a Sequence or PyDataset of Keras."""
     return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, tf.data.Dataset)
 
 
-def _is_list_of_inputs(data, inputs) -> bool:
+def _is_list_of_inputs(data: object, inputs: Sequence[tf.TensorSpec]) -> bool:
     """True for a list that holds one array per input, all examples at once."""
     return isinstance(data, list) and len(data) == len(inputs) > 1 and all(map(_is_array, data))
 
 
-def _as_batch(given, inputs: int, name: str) -> Batch:
+def _as_batch(given: Any, inputs: int, name: str) -> Batch:
     """(x, y, sample_weight) of a batch, or of a dataset's element spec."""
     parts = given if isinstance(given, tuple) else (given,)
     if not 1 <= len(parts) <= 3:
@@ -213,7 +213,7 @@ def _as_batch(given, inputs: int, name: str) -> Batch:
     return batch
 
 
-def _as_arrays(part):
+def _as_arrays(part: Any) -> Any:
     if isinstance(part, list) and all(np.ndim(entry) == 0 for entry in part):
         part = np.array(part)  # labels as Python numbers
 
@@ -240,11 +240,11 @@ def _check_fits(batch: Batch, inputs: tuple[tf.TensorSpec, ...], name: str) -> N
         hint = " There must be an axis of examples first: batches, not single ones." * (got.rank < wanted.rank)
         raise ValueError(f"{name} has inputs of shape {got}, but the network takes batches {wanted}.{hint}")
     for part in tf.nest.flatten((batch.y, batch.sample_weight)):
-        if part is not None and _shape(part) is not None and len(_shape(part)) == 0:
+        if part is not None and _shape(part) == ():
             raise ValueError(f"{name} has labels without an axis of examples: give batches, not single examples.")
 
 
-def _shape(part):
+def _shape(part: Any) -> tuple[int | None, ...] | None:
     """Sizes; None where even their number is open."""
     shape = part.shape
     return None if isinstance(shape, tf.TensorShape) and shape.rank is None else tuple(shape)
@@ -254,8 +254,8 @@ def _length(batch: Batch) -> int:
     return len(tf.nest.flatten(batch.x)[0])
 
 
-def _rows(arrays: Batch, which) -> Batch:
-    def rows(a):
+def _rows(arrays: Batch, which: slice | np.ndarray) -> Batch:
+    def rows(a: Any) -> Any:
         if a is None:
             return None
         part = tf.gather(a, which) if tf.is_tensor(a) and not isinstance(which, slice) else a[which]

@@ -15,12 +15,14 @@ import os
 import pathlib
 import re
 import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from fliqs_tf import replicas
-from fliqs_tf._keras import IS_KERAS_3, build_optimizer
+from fliqs_tf._keras import IS_KERAS_3, build_optimizer, keras
 from fliqs_tf.io.files import local
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -30,7 +32,9 @@ _NAME = re.compile(r"step-([0-9]{8,})\.ckpt")
 _LENGTH = struct.Struct("<Q")
 
 
-def save(directory: str | os.PathLike, model, step: int, *, keep: int = 3, write: bool = True) -> pathlib.Path | None:
+def save(
+    directory: str | os.PathLike, model: keras.Model, step: int, *, keep: int = 3, write: bool = True
+) -> pathlib.Path | None:
     """Writes `directory/step-00001200.ckpt` and removes all but the newest `keep`.
 
     Args:
@@ -79,10 +83,12 @@ def files(directory: str | os.PathLike) -> list[pathlib.Path]:
     for path in pathlib.Path(directory).glob("step-*.ckpt"):
         if match := _NAME.fullmatch(path.name):
             steps[path] = int(match[1])
-    return sorted(steps, key=steps.get)
+    return sorted(steps, key=steps.__getitem__)
 
 
-def restore_newest(directory: str | os.PathLike, model, workers=None) -> int | None:
+def restore_newest(
+    directory: str | os.PathLike, model: keras.Model, workers: replicas.Workers | None = None
+) -> int | None:
     """Restores the newest checkpoint that is whole; damaged ones are passed over with a warning.
 
     Args:
@@ -114,7 +120,9 @@ def restore_newest(directory: str | os.PathLike, model, workers=None) -> int | N
     return step
 
 
-def _newest(directory, variables) -> tuple[dict | None, memoryview | None]:
+def _newest(
+    directory: str | os.PathLike, variables: Sequence[tf.Variable]
+) -> tuple[dict[str, Any] | None, memoryview | None]:
     """What the newest whole checkpoint holds."""
     for path in reversed(files(directory)):
         try:
@@ -127,7 +135,7 @@ def _newest(directory, variables) -> tuple[dict | None, memoryview | None]:
     return None, None
 
 
-def _read(path: pathlib.Path) -> tuple[dict, memoryview]:
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], memoryview]:
     content = path.read_bytes()
     start = len(_MAGIC) + _DIGEST_BYTES
     if content[: len(_MAGIC)] != _MAGIC or hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
@@ -137,7 +145,7 @@ def _read(path: pathlib.Path) -> tuple[dict, memoryview]:
     return json.loads(content[start : start + length]), memoryview(content)[start + length :]
 
 
-def _check(path, header, variables) -> None:
+def _check(path: pathlib.Path, header: Mapping[str, Any], variables: Sequence[tf.Variable]) -> None:
     found = [(tuple(shape), dtype) for shape, dtype in header["arrays"]]
     expected = [(tuple(v.shape), tf.as_dtype(v.dtype).name) for v in variables]
     if found != expected:
@@ -147,7 +155,7 @@ def _check(path, header, variables) -> None:
         )
 
 
-def _variables(model) -> list:
+def _variables(model: keras.Model) -> list[tf.Variable]:
     # A vocabulary of tf_keras is among the variables, but is none, and does not change.
     state = [v for v in model.variables if hasattr(v, "assign")] + _random_states(model)
     optimizer = getattr(model, "optimizer", None)
@@ -159,13 +167,13 @@ def _variables(model) -> list:
     return [*state, *(own() if callable(own) else own)]
 
 
-def optimizer_scope(model):
+def optimizer_scope(model: keras.Model) -> contextlib.AbstractContextManager:
     """Where the variables of the optimizer are made: those of a strategy belong to its scope."""
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
-def _random_states(model) -> list:
+def _random_states(model: keras.Model) -> list[tf.Variable]:
     """Of layers that draw, such as Dropout, in tf_keras; Keras 3 has them among the variables of the model."""
     if IS_KERAS_3:
         return []

@@ -15,8 +15,8 @@ import re
 import reprlib
 import stat
 import tempfile
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 MOST_BYTES = 16 * 2**20
 MOST_DEPTH = 64
@@ -72,7 +72,7 @@ def parse_json(content: bytes) -> Any:
     return data
 
 
-def write_json(path: str | os.PathLike, data) -> None:
+def write_json(path: str | os.PathLike, data: Any) -> None:
     """Writes JSON to `path`, whole or not at all. NaN and infinities, which JSON does not have, become null.
 
     Raises:
@@ -136,12 +136,12 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise
 
 
-def _without_waiting(path, flags):
+def _without_waiting(path: str | os.PathLike, flags: int) -> int:
     """Opens a pipe that nobody writes to without waiting for one who does."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _check_strings(value) -> None:
+def _check_strings(value: object) -> None:
     """Refuses what could not be written again."""
     if isinstance(value, str):
         try:
@@ -173,13 +173,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def first_repeated(names) -> str | None:
+def first_repeated(names: Iterable[str]) -> str | None:
     """The first name that was there before, or None."""
-    seen = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
-def _no_constant(name: str):
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON.")
 
 
@@ -196,7 +200,7 @@ def _int(text: str) -> int:
     return int(text)
 
 
-def _finite(data):
+def _finite(data: Any) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, dict):

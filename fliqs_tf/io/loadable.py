@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import types
+from collections.abc import Callable
 
 from fliqs_tf._keras import IS_KERAS_3, keras
 
@@ -54,7 +55,7 @@ TENSORFLOW_CALLS = ("TFOpLambda", "SlicingOpLambda")
 """Layers of tf_keras that call a function of TensorFlow: which one has to be looked at."""
 
 
-def has_class(module, name) -> bool:
+def has_class(module: object, name: object) -> bool:
     """True if a file may ask for a class.
 
     Args:
@@ -64,12 +65,12 @@ def has_class(module, name) -> bool:
     return isinstance(name, str) and isinstance(module, str | None) and (module, name) in _class_names(package)
 
 
-def has_function(module, name) -> bool:
+def has_function(module: object, name: object) -> bool:
     """True if a file may ask for a function, by the names it gives."""
     return isinstance(name, str) and isinstance(module, str | None) and (module, name) in _function_names()
 
 
-def has_registered(found) -> bool:
+def has_registered(found: type | Callable) -> bool:
     """True if a file may ask for what Keras has registered, by its registered name.
 
     Args:
@@ -81,7 +82,7 @@ def has_registered(found) -> bool:
     return keras.saving.get_registered_name(found).startswith("fliqs_tf>") or found in _classes(package)
 
 
-def is_of_keras(found) -> bool:
+def is_of_keras(found: type | Callable) -> bool:
     """True if a registered class or function is Keras' and not the user's."""
     return found.__module__.partition(".")[0] in ("keras", "tf_keras", "keras_hub")
 
@@ -96,7 +97,7 @@ def _classes(package: str) -> frozenset[type]:
 
 
 @functools.cache
-def _class_names(package: str | None) -> frozenset[tuple]:
+def _class_names(package: str | None) -> frozenset[tuple[str | None, str]]:
     """(module, name) as both Keras' public names and the places of definition have them."""
     if package == "keras_hub":
         return frozenset((cls.__module__, cls.__name__) for cls in _classes(package))
@@ -109,7 +110,7 @@ def _class_names(package: str | None) -> frozenset[tuple]:
 
 
 @functools.cache
-def _function_names() -> frozenset[tuple]:
+def _function_names() -> frozenset[tuple[str | None, str]]:
     names = set()
     for namespace in _WITH_FUNCTIONS:
         for name, function in vars(getattr(keras, namespace)).items():
@@ -122,7 +123,9 @@ def _function_names() -> frozenset[tuple]:
 @functools.cache
 def _of_keras() -> tuple[tuple[str | None, str, type], ...]:
     """(public namespace or None, name there, class)."""
-    found = [(namespace, name, cls) for namespace in _NAMESPACES for name, cls in _public_classes(keras, namespace)]
+    found: list[tuple[str | None, str, type]] = []
+    for namespace in _NAMESPACES:
+        found += [(namespace, name, cls) for name, cls in _public_classes(keras, namespace)]
     public = {cls for _, _, cls in found}
     found += [("", name, cls) for name, cls in vars(keras).items() if inspect.isclass(cls) and cls in public]
     graph = importlib.import_module(keras.Model.__module__.rpartition(".")[0] + ".functional").Functional
@@ -153,7 +156,7 @@ def _of_keras_hub() -> list[type]:
 
 
 def _public_classes(package: types.ModuleType, namespace: str) -> list[tuple[str, type]]:
-    module = package
+    module: types.ModuleType | None = package
     for part in namespace.split("."):
         module = getattr(module, part, None)
     if module is None:

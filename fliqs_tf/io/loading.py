@@ -6,6 +6,7 @@ import os
 import pathlib
 import reprlib
 import zipfile
+from typing import Any
 
 from fliqs_tf._keras import IS_KERAS_3, NAME, keras
 from fliqs_tf.io import loadable
@@ -26,7 +27,7 @@ _PURE_NAMES = (
 )
 
 
-def load_model(path: str | os.PathLike, custom_objects: dict | None = None) -> keras.Model:
+def load_model(path: str | os.PathLike, custom_objects: dict[str, Any] | None = None) -> keras.Model:
     """Loads a `.keras` file, not compiled, if it is data only.
 
     Keras' safe mode is on, and before Keras sees the file its config is read: every object in it must be on the list of
@@ -69,7 +70,7 @@ def load_model(path: str | os.PathLike, custom_objects: dict | None = None) -> k
         raise ValueError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 
-def check_config(node, custom_objects: dict | None = None) -> None:
+def check_config(node: Any, custom_objects: dict[str, Any] | None = None) -> None:
     """Raises for objects whose making could run code that is not Keras' or ours, or read files.
 
     Args:
@@ -91,7 +92,7 @@ def check_config(node, custom_objects: dict | None = None) -> None:
         check_config(entry, custom_objects)
 
 
-def _check_object(node: dict, custom_objects: dict | None) -> None:
+def _check_object(node: dict[str, Any], custom_objects: dict[str, Any] | None) -> None:
     """Finds what Keras would find, in its order: what is registered first, then by module and name."""
     name, module, config = node["class_name"], node.get("module"), node.get("config")
     is_function = name == "function"
@@ -123,12 +124,12 @@ def _check_object(node: dict, custom_objects: dict | None) -> None:
         raise ValueError(f"its {name} layer reads the file {reprlib.repr(config['vocabulary'])}.")
 
 
-def _registered(name, custom_objects: dict | None):
+def _registered(name: object, custom_objects: dict[str, Any] | None) -> Any:
     """What Keras has under a registered name, or None."""
     return keras.saving.get_registered_object(name, custom_objects) if isinstance(name, str) else None
 
 
-def _is_pure(config) -> bool:
+def _is_pure(config: object) -> bool:
     name = config.get("function") if isinstance(config, dict) else None
     return isinstance(name, str) and (name in _PURE_NAMES or name.split(".")[0] in _PURE)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,7 +13,7 @@ from fliqs_tf._keras import add_layer, keras, only_shapes
 from fliqs_tf.graph import layer_types
 from fliqs_tf.layers.quantized import quantized_activation
 from fliqs_tf.layers.quantizers import ActivationQuantizer
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
@@ -36,15 +38,15 @@ class Product(keras.layers.Layer):
 
     def __init__(
         self,
-        equation,
-        stationary_first,
-        weight_formats,
-        activation_formats,
-        weight_decision=None,
-        activation_decision=None,
-        clips=(1.0, 1.0),
-        **kwargs,
-    ):
+        equation: str,
+        stationary_first: bool,
+        weight_formats: SpaceLike,
+        activation_formats: SpaceLike,
+        weight_decision: str | None = None,
+        activation_decision: str | None = None,
+        clips: Sequence[float] = (1.0, 1.0),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if activation_formats is None:
             raise ValueError(
@@ -70,7 +72,7 @@ class Product(keras.layers.Layer):
         """The quantizer of the moving operand, as `Quantized` has one of its input."""
         return [self.activation_quantizer]
 
-    def call(self, stationary, moving, training=None):
+    def call(self, stationary: tf.Tensor, moving: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if not only_shapes():
             stationary = quantized_activation(self.weight_quantizers[0], stationary, training=bool(training))
             moving = quantized_activation(self.activation_quantizer, moving, training=bool(training))
@@ -82,15 +84,15 @@ class Product(keras.layers.Layer):
         labels = operands.split(",")[0 if self.stationary_first else 1]
         return math.prod(outputs) * math.prod(size for label, size in zip(labels, stationary) if label not in output)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs: Any, mask: Any = None) -> None:
         return None  # a softmax would take a mask on its input for its own
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> Product:
         # The name of version 0.1.0, which files keep.
         return cls(**{"stationary_first" if name == "held_first" else name: value for name, value in config.items()})
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "equation": self.equation,
@@ -103,7 +105,7 @@ class Product(keras.layers.Layer):
         }
 
 
-def install(attention, arguments: dict[str, dict]) -> None:
+def install(attention: keras.layers.Layer, arguments: Mapping[str, Mapping[str, Any]]) -> None:
     """Has an attention layer compute its products quantized.
 
     Args:
@@ -120,15 +122,15 @@ def install(attention, arguments: dict[str, dict]) -> None:
 
 
 def _attend(
-    attention,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    training=None,
-    return_attention_scores=False,
-    use_causal_mask=False,
-):
+    attention: keras.layers.Layer,
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    attention_mask: tf.Tensor | None = None,
+    training: bool | None = None,
+    return_attention_scores: bool = False,
+    use_causal_mask: bool = False,
+) -> tuple[tf.Tensor, tf.Tensor]:
     """(result, probabilities), as the `_compute_attention` of both Kerases without fused kernels."""
     if use_causal_mask:  # the only mask, left to a kernel that is not taken here
         causal = attention._compute_causal_mask(query, value)
@@ -148,5 +150,5 @@ def _attend(
     return multiply["context"](value, kept), probabilities
 
 
-def _float_product(equation, stationary_first, stationary, moving):
+def _float_product(equation: str, stationary_first: bool, stationary: tf.Tensor, moving: tf.Tensor) -> tf.Tensor:
     return tf.einsum(equation, *((stationary, moving) if stationary_first else (moving, stationary)))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
@@ -22,6 +24,10 @@ from fliqs_tf.graph.model_graph import ModelGraph
 _LOG = logging.getLogger("fliqs_tf")
 # With SyncBatchNormalization of tf_keras, which is no subclass of the other.
 _CLASS = next(cls for cls in reversed(keras.layers.BatchNormalization.__mro__) if "BatchNorm" in cls.__name__)
+
+Moments: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+"""(count, mean, variance) of some values."""
+Found: TypeAlias = dict[keras.layers.BatchNormalization, list[Moments]]
 
 
 def batch_norms(graph: ModelGraph) -> list[keras.layers.BatchNormalization]:
@@ -60,7 +66,7 @@ def warn_of_closed(graph: ModelGraph) -> None:
 
 
 @contextlib.contextmanager
-def batch_statistics(graph: ModelGraph, found: dict | None = None):
+def batch_statistics(graph: ModelGraph, found: Found | None = None) -> Iterator[None]:
     """Within it a model that is called with `training=True` takes batch normalization for training and everything else
     for inference; nothing is stored.
 
@@ -82,19 +88,19 @@ def batch_statistics(graph: ModelGraph, found: dict | None = None):
         yield
 
 
-def _has_modes(layer) -> bool:
+def _has_modes(layer: keras.layers.Layer) -> bool:
     parameters = inspect.signature(layer.call).parameters
     return "training" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _at_rest(layer):
+def _at_rest(layer: keras.layers.Layer) -> Callable[..., Any]:
     """The call of a layer as at inference."""
     call = layer.call
     names = list(inspect.signature(call).parameters)
     is_named = "training" in names
     place = names.index("training") if is_named else len(names)
 
-    def at_rest(*args, **kwargs):
+    def at_rest(*args: Any, **kwargs: Any) -> Any:
         if is_named and len(args) > place:
             args = (*args[:place], False, *args[place + 1 :])
         elif is_named or "training" in kwargs:
@@ -104,12 +110,12 @@ def _at_rest(layer):
     return at_rest
 
 
-def _normalizer(layer, found):
+def _normalizer(layer: keras.layers.BatchNormalization, found: Found | None) -> Callable[..., tf.Tensor]:
     """The call of a batch normalization as in training, but that what it would store goes to `found`."""
     call = layer.call
     is_plain = IS_KERAS_3 and type(layer).call is keras.layers.BatchNormalization.call
 
-    def normalize(x, training=None, **kwargs):
+    def normalize(x: tf.Tensor, training: bool | None = None, **kwargs: Any) -> tf.Tensor:
         if not training:
             return call(x, training=False, **kwargs)
         mask = kwargs.get("mask")
@@ -126,7 +132,7 @@ def _normalizer(layer, found):
     return normalize
 
 
-def _fused(layer, x):
+def _fused(layer: keras.layers.BatchNormalization, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """One operation, where the call of Keras 3 takes a forward pass twice as long."""
     channels = x.shape[-1]
     gamma = tf.ones(channels) if layer.gamma is None else tf.cast(tf.convert_to_tensor(layer.gamma), tf.float32)
@@ -135,13 +141,15 @@ def _fused(layer, x):
     return tf.cast(y, x.dtype), mean, _biased(variance, x)
 
 
-def _biased(variance, x):
+def _biased(variance: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Fused batch normalization gives the unbiased estimate of the variance, but normalizes with the biased one."""
     count = tf.cast(tf.size(x) // tf.size(variance), variance.dtype)
     return variance * (count - 1) / count
 
 
-def _unstored(layer, call, x, kwargs):
+def _unstored(
+    layer: keras.layers.BatchNormalization, call: Callable[..., tf.Tensor], x: tf.Tensor, kwargs: Mapping[str, Any]
+) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
     """(output, mean, variance) of Keras' own call in training; None, None if it would store nothing.
 
     Statistics are those of this replica, because replicas cannot send messages while calls are overridden; renorm,
@@ -157,7 +165,7 @@ def _unstored(layer, call, x, kwargs):
         return (y, *(scope.get_current_value(v) for v in averages))
     stored = {}
 
-    def store(variable, value, *_):
+    def store(variable: tf.Variable, value: tf.Tensor, *_: Any) -> tf.Tensor:
         stored[id(variable)] = tf.convert_to_tensor(value)
         return stored[id(variable)]
 
@@ -168,7 +176,7 @@ def _unstored(layer, call, x, kwargs):
 
 
 @contextlib.contextmanager
-def _changed(layer, values: dict):
+def _changed(layer: keras.layers.Layer, values: Mapping[str, Any]) -> Iterator[None]:
     """Within it attributes have other values, past the attribute tracking."""
     before = {name: vars(layer)[name] for name in values if name in vars(layer)}
     for name, value in values.items():
@@ -183,17 +191,17 @@ def _changed(layer, values: dict):
                 object.__delattr__(layer, name)
 
 
-def _count(layer, x, mask, mean):
+def _count(layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: tf.Tensor | None, mean: tf.Tensor) -> tf.Tensor:
     """How many values each entry of `mean` is the mean of, float32 of its shape."""
     if mask is None or getattr(layer, "fused", False):  # which is deaf to masks
         return tf.fill(tf.shape(mean), tf.cast(tf.size(x) / tf.size(mean), tf.float32))
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    axes = {axis % x.shape.rank for axis in axes}
+    kept = {axis % x.shape.rank for axis in axes}
     weights = tf.broadcast_to(tf.cast(mask, tf.float32)[..., None], tf.shape(x))
-    return tf.reshape(tf.reduce_sum(weights, [a for a in range(x.shape.rank) if a not in axes]), tf.shape(mean))
+    return tf.reshape(tf.reduce_sum(weights, [a for a in range(x.shape.rank) if a not in kept]), tf.shape(mean))
 
 
-def pooled(a, b):
+def pooled(a: Moments, b: Moments) -> Moments:
     """(count, mean, variance) of two lots of values as one: exact, however the values were dealt out.
 
     variance = E[variance of a lot] + Var[mean of a lot], each lot weighing what it counts.
@@ -209,7 +217,7 @@ def pooled(a, b):
     return seen + count, mean, variance
 
 
-def _over_replicas(count, mean, variance):
+def _over_replicas(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> Moments:
     """The same of what all replicas hold, with a mean count."""
     if replicas.count() == 1:
         return count, mean, variance
@@ -219,7 +227,7 @@ def _over_replicas(count, mean, variance):
     return replicas.mean(count), whole, variance
 
 
-def recalibrate(graph: ModelGraph, batches, *, shared: bool = False) -> int:
+def recalibrate(graph: ModelGraph, batches: Iterable[Any], *, shared: bool = False) -> int:
     """Replaces the moving averages by mean and variance over all examples of the batches. Forward passes only.
 
     Each layer is normalized with the statistics of its batch meanwhile, as in training, but how examples are cut into
@@ -242,8 +250,8 @@ def recalibrate(graph: ModelGraph, batches, *, shared: bool = False) -> int:
     if not layers:
         return 0
 
-    def statistics(x):
-        found = {}
+    def statistics(x: Any) -> list[Moments]:
+        found: Found = {}
         with batch_statistics(graph, found):
             model(x, training=True)
         merged = []
@@ -256,10 +264,10 @@ def recalibrate(graph: ModelGraph, batches, *, shared: bool = False) -> int:
         return merged
 
     @tf.function(reduce_retracing=True)
-    def step(x, counts):
+    def step(x: Any, counts: list[tf.Tensor]) -> list[tf.Tensor]:
         after = []
         for layer, count, values in zip(layers, counts, strategy.run(statistics, (x,))):
-            values = [strategy.reduce("MEAN", value, axis=None) for value in values]
+            values = tuple(strategy.reduce("MEAN", value, axis=None) for value in values)
             stored = layer.moving_mean, layer.moving_variance
             before = (count, *(tf.cast(tf.convert_to_tensor(v), tf.float32) for v in stored))
             count, *values = pooled(before, values)
@@ -283,7 +291,7 @@ def recalibrate(graph: ModelGraph, batches, *, shared: bool = False) -> int:
     return used
 
 
-def _share_of(x, count: int):
+def _share_of(x: Any, count: int) -> Callable[[tf.distribute.ReplicaContext], Any]:
     return lambda context: tf.nest.map_structure(
         lambda t: tf.convert_to_tensor(t)[context.replica_id_in_sync_group :: count], x
     )

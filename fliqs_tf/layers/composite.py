@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 
@@ -32,12 +34,12 @@ class Composite(keras.layers.Layer):
       ValueError: At its first call, if the layer has no part of such a path.
     """
 
-    def __init__(self, layer, parts, **kwargs):
-        def call(*args, **kwargs):
+    def __init__(self, layer: keras.layers.Layer, parts: Mapping[str, Mapping[str, Any]], **kwargs: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
             return self.layer(*args, **kwargs)
 
         # Keras reads off the signature what to pass: masks, training, shapes.
-        call.__signature__ = inspect.signature(layer.call)
+        vars(call)["__signature__"] = inspect.signature(layer.call)
         config = keras.saving.serialize_keras_object(layer)  # before its parts are replaced
         config.pop("build_config", None)
         parts = {path: dict(arguments) for path, arguments in parts.items()}
@@ -51,30 +53,30 @@ class Composite(keras.layers.Layer):
         self._replaced = False
 
     @property
-    def composite_layer(self):
+    def composite_layer(self) -> keras.layers.Layer:
         """The layer inside."""
         return self.layer
 
     @property
-    def layer_config(self) -> dict:
+    def layer_config(self) -> dict[str, Any]:
         """Config of the layer inside, of before its parts were replaced."""
         return self._layer_config["config"]
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._replaced:
             self._build_inside(args, kwargs)
             self._replace()
             self._replaced = True
         return super().__call__(*args, **kwargs)
 
-    def _build_inside(self, args, kwargs):
+    def _build_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Many layers make their parts when they are first called."""
         if not self.layer.built:
             args, kwargs = tf.nest.map_structure(_placeholder, (args, kwargs))
             with tf.init_scope():
                 self.layer(*args, **kwargs)
 
-    def _replace(self):
+    def _replace(self) -> None:
         graph = ModelGraph(self.layer)
         there, parts = graph.by_path, {"": self.layer, **dict(graph.parts)}
         of_attention = {
@@ -93,32 +95,32 @@ class Composite(keras.layers.Layer):
             if arguments:
                 install(layer, arguments)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs: Any, mask: Any = None) -> None:
         return None  # the call of the layer inside has put it on the outputs
 
-    def get_build_config(self):
+    def get_build_config(self) -> None:
         return None  # its first call builds it
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "layer": self._layer_config, "parts": self._parts}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Composite:
         layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects=custom_objects)
         return cls(**{**config, "layer": layer})
 
 
-def _product_paths(path: str, layer) -> list[tuple[str, str]]:
+def _product_paths(path: str, layer: keras.layers.Layer) -> list[tuple[str, str]]:
     """(path, name) of the products of a layer of that path."""
     return [(f"{path}/{name}" if path else name, name) for name, _, _ in layer_types.products(layer)]
 
 
-def _placeholder(value):
+def _placeholder(value: Any) -> Any:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return keras.Input(batch_shape=tuple(value.shape), dtype=value.dtype)
     return value
 
 
-def quantized(layer, arguments: dict) -> Quantized:
+def quantized(layer: keras.layers.Layer, arguments: Mapping[str, Any]) -> Quantized:
     """A layer with quantized kernels and input. Args: the layer, and what `Quantized` takes beside it."""
     return Quantized(layer, **arguments, name=layer.name, dtype=layer.dtype_policy)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
 from fliqs_tf._keras import float_value, keras, only_shapes, substituted
 from fliqs_tf.graph import copies, layer_types
 from fliqs_tf.layers.quantizers import ActivationQuantizer, WeightQuantizer
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
+
+_Made = TypeVar("_Made", WeightQuantizer, ActivationQuantizer)
 
 
 @keras.saving.register_keras_serializable("fliqs_tf")
@@ -33,14 +37,14 @@ class Quantized(keras.layers.Wrapper):
 
     def __init__(
         self,
-        layer,
-        weight_formats,
-        activation_formats,
-        weight_decision=None,
-        activation_decision=None,
-        clips=None,
-        **kwargs,
-    ):
+        layer: keras.layers.Layer,
+        weight_formats: SpaceLike,
+        activation_formats: SpaceLike | None,
+        weight_decision: str | None = None,
+        activation_decision: str | None = None,
+        clips: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # The layer inside is not called as a layer, which is what would apply it.
         is_table = bool(layer_types.table(layer))
         options = {"autocast": False} if is_table else {}  # 16-bit floats would not hold an index
@@ -60,9 +64,9 @@ class Quantized(keras.layers.Wrapper):
         self.activation_decision = activation_decision or layer.name
         weight_formats = Space(weight_formats)
         activation_formats = None if activation_formats is None else Space(activation_formats)
-        choices = {}
+        choices: dict[tuple[str, Space], tf.Variable | None] = {}
 
-        def quantizer(cls, formats, decision, **options):
+        def quantizer(cls: Callable[..., _Made], formats: Space, decision: str, **options: Any) -> _Made:
             made = cls(formats, choice=choices.get((decision, formats)), **options)
             choices[decision, made.space] = made.choice
             return made
@@ -77,7 +81,8 @@ class Quantized(keras.layers.Wrapper):
             )
             for k in kernels
         ]
-        self.activation_quantizer = self.middle_quantizer = None
+        self.activation_quantizer: ActivationQuantizer | None = None
+        self.middle_quantizer: ActivationQuantizer | None = None
         if activation_formats is not None and not is_table:
             follow = (ActivationQuantizer, activation_formats, self.activation_decision)
             self.activation_quantizer = quantizer(*follow, name="input_quantizer")
@@ -88,7 +93,7 @@ class Quantized(keras.layers.Wrapper):
         self.supports_masking = getattr(layer, "supports_masking", False)
 
     @property
-    def quantized_layer(self):
+    def quantized_layer(self) -> keras.layers.Layer:
         """The layer inside."""
         return self.layer
 
@@ -97,7 +102,7 @@ class Quantized(keras.layers.Wrapper):
         """Quantizers of the input, and of what is between the kernels if there are two; [] for a float input."""
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if isinstance(inputs, (tf.SparseTensor, tf.RaggedTensor)):
             kind = "sparse" if isinstance(inputs, tf.SparseTensor) else "ragged"
             raise ValueError(
@@ -108,7 +113,7 @@ class Quantized(keras.layers.Wrapper):
 
     # Nothing here branches on tensors; converting it would double the time that tf_keras takes to trace a network.
     @tf.autograph.experimental.do_not_convert
-    def _call(self, inputs, training):
+    def _call(self, inputs: tf.Tensor, training: bool | None) -> tf.Tensor:
         if only_shapes():
             return self.layer.call(inputs)
         if layer_types.table(self.layer):
@@ -125,7 +130,9 @@ class Quantized(keras.layers.Wrapper):
         ]
         return self.compute(inputs, weights, activations)
 
-    def compute(self, inputs, weights, activations):
+    def compute(
+        self, inputs: tf.Tensor, weights: Sequence[tf.Tensor], activations: Sequence[Callable[[tf.Tensor], tf.Tensor]]
+    ) -> tf.Tensor:
         """The layer's result from quantized weights.
 
         Args:
@@ -135,17 +142,17 @@ class Quantized(keras.layers.Wrapper):
         """
         x = activations[0](inputs) if activations else inputs
         if len(weights) == 2:
-            return _separable(self.layer, x, *weights, activations[1] if activations else tf.identity)
+            return _separable(self.layer, x, weights[0], weights[1], activations[1] if activations else tf.identity)
         with substituted(self.layer, layer_types.kernels(self.layer)[0].attribute, weights[0]):
             return self.layer.call(x)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return self.layer.compute_mask(inputs, mask)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return self.layer.compute_output_shape(input_shape)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         weights = list(self.weight_quantizers[0].space.names)
         activations = self.activation_quantizer and list(self.activation_quantizer.space.names)
         functions = copies.mistakable_functions(self.layer)
@@ -160,7 +167,7 @@ class Quantized(keras.layers.Wrapper):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Mapping[str, Any], custom_objects: dict[str, Any] | None = None) -> Quantized:
         config = dict(config)
         functions = config.pop("functions", {})
         made = super().from_config(config, custom_objects=custom_objects)
@@ -169,7 +176,11 @@ class Quantized(keras.layers.Wrapper):
 
 
 def quantized_activation(
-    quantizer: ActivationQuantizer, x, training: bool, trainable=None, integers="float32"
+    quantizer: ActivationQuantizer,
+    x: tf.Tensor,
+    training: bool,
+    trainable: bool | None = None,
+    integers: str = "float32",
 ) -> tf.Tensor:
     """An activation quantized in float32.
 
@@ -184,7 +195,7 @@ def quantized_activation(
     return tf.cast(quantized, x.dtype if x.dtype.is_floating else integers)
 
 
-def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:
+def _looked_up(layer: keras.layers.Embedding, quantizer: WeightQuantizer, indices: tf.Tensor) -> tf.Tensor:
     """Quantized rows of an embedding's table."""
     indices = tf.cast(indices, tf.int32)
     rows = tf.gather(float_value(layer.embeddings), tf.reshape(indices, [-1]))
@@ -194,7 +205,13 @@ def _looked_up(layer, quantizer: WeightQuantizer, indices) -> tf.Tensor:
     return tf.cast(rows, layer.compute_dtype)
 
 
-def _separable(layer, x, depthwise, pointwise, middle):
+def _separable(
+    layer: keras.layers.SeparableConv2D,
+    x: tf.Tensor,
+    depthwise: tf.Tensor,
+    pointwise: tf.Tensor,
+    middle: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
     """A SeparableConv2D in its two steps, so that the tensor between them can be quantized like any input."""
     strides = layer.strides if isinstance(layer.strides, (tuple, list)) else (layer.strides,) * 2
     channels_first = layer.data_format == "channels_first"

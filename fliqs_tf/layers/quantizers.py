@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,7 +17,7 @@ import tensorflow as tf
 from fliqs_tf import replicas
 from fliqs_tf._keras import add_state, keras
 from fliqs_tf.numerics import rounding
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
 
 RANGE_MOMENTUM = 0.99
 # Of the weight that an average over many batches has: from there on (69 batches) a frozen quantizer keeps its range.
@@ -24,7 +26,7 @@ _in_step = contextvars.ContextVar("in_step", default=False)
 
 
 @contextlib.contextmanager
-def training_step():
+def training_step() -> Iterator[None]:
     """Within it, while a training step is traced, ranges follow the data also where `training` is False.
 
     A network inside another may be called so, for its batch normalization to keep what it has learned. Ranges that the
@@ -45,7 +47,7 @@ class Quantizer(keras.layers.Layer):
       choice: Variable to read the choice from, of a quantizer that follows the same decision. None: one of its own.
     """
 
-    def __init__(self, formats, choice=None, **kwargs):
+    def __init__(self, formats: SpaceLike, choice: tf.Variable | None = None, **kwargs: Any) -> None:
         super().__init__(dtype="float32", **kwargs)
         self.space = Space(formats)
         self._rows = np.stack([rounding.row(f) for f in self.space.formats])
@@ -63,15 +65,19 @@ class Quantizer(keras.layers.Layer):
 
     def format_row(self) -> tf.Tensor:
         """Kernel row of the chosen format: float32 [rounding.ROW_SIZE]."""
-        if self.choice is None:
+        if self._row is not None:
             return tf.convert_to_tensor(self._row)
         return tf.gather(tf.constant(self._rows), tf.convert_to_tensor(self.choice))
 
     def pass_through(self) -> None:
         """Rounds no more: for a fixed float format that a platform computes in float32."""
+        if self._row is None:
+            raise ValueError(
+                f"{self.name!r} has formats to choose from; only one of a fixed format can pass values on."
+            )
         self._row.assign(rounding.row("FP32"))
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.pop("dtype", None)
         return {**config, "formats": list(self.space.names)}
@@ -86,18 +92,18 @@ class WeightQuantizer(Quantizer):
       channel_axes: Axes of the weight that hold output channels.
     """
 
-    def __init__(self, formats, channel_axes=(-1,), **kwargs):
+    def __init__(self, formats: SpaceLike, channel_axes: Sequence[int] = (-1,), **kwargs: Any) -> None:
         super().__init__(formats, **kwargs)
         self.channel_axes = tuple(channel_axes)
 
-    def call(self, weight):
+    def call(self, weight: tf.Tensor) -> tf.Tensor:
         amax = rounding.absolute_max(weight, self.channel_axes)
         return rounding.quantize(weight, amax, self.format_row(), saturates=False)
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Any) -> Any:
         return shape
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "channel_axes": list(self.channel_axes)}
 
 
@@ -123,7 +129,7 @@ class ActivationQuantizer(Quantizer):
       ValueError: momentum outside [0, 1) or clip outside (0, 1].
     """
 
-    def __init__(self, formats, momentum=RANGE_MOMENTUM, clip=1.0, **kwargs):
+    def __init__(self, formats: SpaceLike, momentum: float = RANGE_MOMENTUM, clip: float = 1.0, **kwargs: Any) -> None:
         super().__init__(formats, **kwargs)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
@@ -147,7 +153,7 @@ class ActivationQuantizer(Quantizer):
         """True if it takes the range of another quantizer."""
         return self._follows
 
-    def call(self, x, training=False, trainable=None):
+    def call(self, x: tf.Tensor, training: bool | None = False, trainable: bool | None = None) -> tf.Tensor:
         """`trainable` is that of a layer around it that Keras does not know to be around it; None: its own."""
         if (training or _in_step.get()) and not self._follows:
             largest, amax = self.observe(x, self.trainable if trainable is None else trainable)
@@ -155,7 +161,7 @@ class ActivationQuantizer(Quantizer):
             return rounding.quantize(x, amax, self.format_row(), saturates=largest > amax)
         return rounding.quantize(x, _amax(x, tf.convert_to_tensor(self.range)) * self.clip, self.format_row())
 
-    def observe(self, x, trainable: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
+    def observe(self, x: tf.Tensor, trainable: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
         """Moves the range, and those that follow it, by one batch; gives its largest magnitude and the amax by now."""
         seen = tf.convert_to_tensor(self.range)
         largest = replicas.maximum(rounding.absolute_max(x))
@@ -167,10 +173,10 @@ class ActivationQuantizer(Quantizer):
             assign(moved)
         return largest, amax
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Any) -> Any:
         return shape
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "momentum": self.momentum, "clip": self.clip}
 
 
@@ -179,7 +185,7 @@ _ANY, _ONE, _RANGE = (tf.TensorSpec(shape, tf.float32) for shape in (None, [], [
 
 
 @tf.function(input_signature=[_ONE, _RANGE, _ONE], autograph=False)
-def _moved_range(largest, seen, momentum):
+def _moved_range(largest: tf.Tensor, seen: tf.Tensor, momentum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(range after a tensor of that amax, amax that it stands for)."""
     average, weight = tf.unstack(seen)
     weight = momentum * weight + (1.0 - momentum)
@@ -188,6 +194,6 @@ def _moved_range(largest, seen, momentum):
 
 
 @tf.function(input_signature=[_ANY, _RANGE], autograph=False)
-def _amax(x, seen):
+def _amax(x: tf.Tensor, seen: tf.Tensor) -> tf.Tensor:
     """What a range stands for; amax of x itself if nothing was seen."""
     return tf.cond(seen[1] > 0, lambda: seen[0], lambda: rounding.absolute_max(x))

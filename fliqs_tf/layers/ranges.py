@@ -7,7 +7,8 @@ becomes of an example depends on the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -46,7 +47,7 @@ def unseen(model: keras.Model | ModelGraph) -> dict[str, ActivationQuantizer]:
     }
 
 
-def calibrate(model: keras.Model | ModelGraph, batches: Iterable, *, only_unseen: bool = True) -> int:
+def calibrate(model: keras.Model | ModelGraph, batches: Iterable[Any], *, only_unseen: bool = True) -> int:
     """Gives ranges to activation quantizers from data: each batch counts as one step of training.
 
     Forward passes as at inference, not in a graph: nothing is traced. Quantizers that learn a range do not round
@@ -80,12 +81,12 @@ def _open_quantizers(graph: ModelGraph) -> list[Quantizer]:
     return [q for q in found if q.choice is not None]
 
 
-def _float(x, **_):
+def _float(x: tf.Tensor, **_: Any) -> tf.Tensor:
     return x
 
 
-def _observer(quantizer):
-    def observe(x, **_):
+def _observer(quantizer: ActivationQuantizer) -> Callable[..., tf.Tensor]:
+    def observe(x: tf.Tensor, **_: Any) -> tf.Tensor:
         if not quantizer.follows:
             quantizer.observe(tf.cast(x, tf.float32))
         return x

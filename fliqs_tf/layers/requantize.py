@@ -12,6 +12,7 @@ XNNPACK has none for int4 convolutions, nor for int4 matrices with an odd number
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -32,20 +33,20 @@ class _Rounding(keras.layers.Layer):
       unit: [channels]; what one more in the accumulator is worth.
     """
 
-    def __init__(self, channels, **kwargs):
+    def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.channels = channels
         self.unit = add_state(self, "unit", (channels,), "float32", initial=1)
         self.built = True
 
-    def accumulator(self, x) -> tf.Tensor:
+    def accumulator(self, x: tf.Tensor) -> tf.Tensor:
         """The sum of products behind a value: a whole number."""
         return tf.round(x / tf.convert_to_tensor(self.unit))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Any) -> Any:
         return shape
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "channels": self.channels}
 
 
@@ -58,12 +59,12 @@ class AccumulatorRounding(_Rounding):
       scale: What an output code is worth.
     """
 
-    def __init__(self, channels, **kwargs):
+    def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__(channels, **kwargs)
         self.multiplier = add_state(self, "multiplier", (channels,), "float32", initial=1)
         self.scale = add_state(self, "scale", (), "float32", initial=1)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         multiplier, scale = tf.convert_to_tensor(self.multiplier), tf.convert_to_tensor(self.scale)
         return tf.round(self.accumulator(x) * multiplier) * scale
 
@@ -76,11 +77,11 @@ class KernelRounding(_Rounding):
       grain: [channels]; what the first step rounds to multiples of.
     """
 
-    def __init__(self, channels, **kwargs):
+    def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__(channels, **kwargs)
         self.grain = add_state(self, "grain", (channels,), "float32", initial=1)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         unit, grain = tf.convert_to_tensor(self.unit), tf.convert_to_tensor(self.grain)
         # A quarter of a grain breaks the tie and is too small to do anything else.
         return (tf.round(self.accumulator(x) * (unit / grain)) + 0.25) * grain

@@ -6,6 +6,9 @@ quantize its input with the same range, in training too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import commuting
 from fliqs_tf.graph.model_graph import ModelGraph
@@ -46,7 +49,7 @@ class _Linked:
     """A network with boundary quantizers, whose ranges are shared again when it is made from its configuration."""
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> keras.Model:
         model = super().from_config(config, custom_objects=custom_objects)
         if getattr(model, "inputs", None):
             link(ModelGraph(model))

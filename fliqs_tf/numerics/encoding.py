@@ -13,13 +13,14 @@ the first of two 4-bit codes is in the low half of its byte.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fliqs_tf.numerics.formats import Format
 
 _CHUNK = 2**20  # codes per pass: a multiple of 8, so that every pass begins at a whole byte
 
 
-def encode(values, fmt: Format | str) -> np.ndarray:
+def encode(values: ArrayLike, fmt: Format | str) -> np.ndarray:
     """Codes of values that a format has.
 
     >>> [hex(c) for c in encode([1.0, -7.0], "INT4").tolist()]
@@ -54,7 +55,7 @@ def encode(values, fmt: Format | str) -> np.ndarray:
     return (code | (np.signbit(values).astype(np.int64) << (fmt.bits - 1))).astype(np.uint16)
 
 
-def decode(codes, fmt: Format | str) -> np.ndarray:
+def decode(codes: ArrayLike, fmt: Format | str) -> np.ndarray:
     """Values of codes: the inverse of `encode`.
 
     >>> decode([1, 9], "INT4").tolist()
@@ -90,14 +91,14 @@ def decode(codes, fmt: Format | str) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _coded(fmt) -> Format:
+def _coded(fmt: Format | str) -> Format:
     fmt = Format(fmt)
     if fmt.bits > 16:
         raise ValueError("FP32 has no codes of its own: store the values.")
     return fmt
 
 
-def pack(codes, bits: int) -> np.ndarray:
+def pack(codes: ArrayLike, bits: int) -> np.ndarray:
     """A dense stream of codes.
 
     >>> pack([1, 2, 3], 4).tolist()
@@ -119,7 +120,7 @@ def pack(codes, bits: int) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.uint8), *parts])
 
 
-def unpack(stream, bits: int, count: int) -> np.ndarray:
+def unpack(stream: ArrayLike, bits: int, count: int) -> np.ndarray:
     """Codes of a dense stream: the inverse of `pack`.
 
     Args:

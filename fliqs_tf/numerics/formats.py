@@ -31,7 +31,7 @@ _NUMBER = "0|[1-9][0-9]{0,3}"  # no leading zeros: a format has one name
 _HELP = "known formats: INT2..INT16, ExMy with x in 1..5 and y in 0..10 (for example E4M3), BF16, FP32"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Format:
     """A number format, made from its name.
 
@@ -42,7 +42,7 @@ class Format:
 
     Args:
       name: "INT2".."INT16", "ExMy" (x = 1..5 exponent bits, y = 0..10 mantissa bits, one sign bit), "BF16" or
-        "FP32". Case does not matter; the stored name is upper case.
+        "FP32"; or a format. Case does not matter; the stored name is upper case.
 
     Raises:
       ValueError: "Unknown format 'E9M9': exponent bits must be 1..5 (got 9); known formats: ...".
@@ -54,12 +54,11 @@ class Format:
     min_exponent: int = dataclasses.field(init=False, compare=False, repr=False)
     max: float = dataclasses.field(init=False, compare=False, repr=False)
 
-    def __post_init__(self):
-        if isinstance(self.name, Format):
-            object.__setattr__(self, "name", self.name.name)
-        if not isinstance(self.name, str):
-            raise ValueError(f"A format is given by its name, got {reprlib.repr(self.name)}; {_HELP}.")
-        name = self.name.strip().upper()
+    def __init__(self, name: Format | str) -> None:
+        name = name.name if isinstance(name, Format) else name
+        if not isinstance(name, str):
+            raise ValueError(f"A format is given by its name, got {reprlib.repr(name)}; {_HELP}.")
+        name = name.strip().upper()
         for field, value in zip(("name", "bits", "mantissa_bits", "min_exponent", "max"), (name, *_properties(name))):
             object.__setattr__(self, field, value)
 

@@ -19,8 +19,11 @@ Gradient (straight through): 1 inside the range, 0 where the value was clipped; 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from fliqs_tf.numerics.formats import Format
 
@@ -51,7 +54,7 @@ def row(fmt: Format | str) -> np.ndarray:
     return np.array([fmt.max, fmt.max, 2.0 ** (e0 + 1), 2.0 ** (e0 - y), 23 - y, 1], np.float32)
 
 
-def _quantize(x, amax, format_row):
+def _quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor) -> tf.Tensor:
     """The rounding function: float32 x, amax broadcastable to x, format_row [ROW_SIZE] -> float32 like x."""
     largest, limit, threshold, step, shift, scaled = tf.unstack(format_row, num=ROW_SIZE)
     scale = tf.where(scaled > 0, tf.maximum(amax / largest, _SMALLEST_NORMAL), 1.0)
@@ -87,29 +90,29 @@ def _on_cpu() -> bool:
     return all(device.device_type == "CPU" for device in tf.config.list_physical_devices())
 
 
-def _kernel_for(x: tf.Tensor):
+def _kernel_for(x: tf.Tensor) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
     size = x.shape.num_elements()
     small = size is not None and size <= _WORTH_COMPILING
     return _quantize_plain if small and _on_cpu() else _quantize_compiled
 
 
 @tf.function(input_signature=[tf.TensorSpec(None, tf.float32)] * 3, autograph=False, jit_compile=True)
-def _pass_inside(dy, x, bound):
+def _pass_inside(dy: tf.Tensor, x: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
     """dy where |x| <= bound, else 0, in one pass over memory."""
     return tf.where(tf.abs(x) <= bound, dy, 0.0)
 
 
 @tf.function(input_signature=[*[tf.TensorSpec(None, tf.float32)] * 3, tf.TensorSpec([], tf.bool)], autograph=False)
-def _pass_inside_if(dy, x, bound, saturates):
+def _pass_inside_if(dy: tf.Tensor, x: tf.Tensor, bound: tf.Tensor, saturates: tf.Tensor) -> tf.Tensor:
     return tf.cond(saturates, lambda: _pass_inside(dy, x, bound), lambda: dy)
 
 
-def _straight_through(x, amax, format_row, saturates):
+def _straight_through(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, saturates: bool | tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
-    def rounded(x, amax, format_row):
+    def rounded(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         q = tf.ensure_shape(_kernel_for(x)(x, amax, format_row), x.shape)
 
-        def gradient(dy):
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, None, None]:
             if saturates is False:
                 return dy, None, None
             bound = tf.where(format_row[_COLUMNS.index("scaled")] > 0, amax, np.inf)
@@ -125,7 +128,7 @@ def _straight_through(x, amax, format_row, saturates):
     return rounded(x, amax, format_row)
 
 
-def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates=True) -> tf.Tensor:
+def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates: bool | tf.Tensor = True) -> tf.Tensor:
     """Rounds x to the format that `format_row` describes; gradient straight through.
 
     Args:
@@ -141,7 +144,7 @@ def quantize(x: tf.Tensor, amax: tf.Tensor, format_row: tf.Tensor, *, saturates=
     return _straight_through(x, amax, format_row, saturates)
 
 
-def absolute_max(x: tf.Tensor, axis=None) -> tf.Tensor:
+def absolute_max(x: tf.Tensor, axis: int | Sequence[int] | None = None) -> tf.Tensor:
     """Largest magnitude of x.
 
     Args:
@@ -160,14 +163,20 @@ def absolute_max(x: tf.Tensor, axis=None) -> tf.Tensor:
     return tf.reduce_max(tf.abs(x), axis=_other_axes(x.shape.rank, axis), keepdims=True)
 
 
-def _other_axes(rank: int, axis) -> list[int]:
+def _other_axes(rank: int, axis: int | Sequence[int]) -> list[int]:
     kept = {a % rank if -rank <= a < rank else a for a in np.atleast_1d(axis).tolist()}
     if not kept <= set(range(rank)):
         raise ValueError(f"axis must name axes of a tensor of rank {rank} (-{rank}..{rank - 1}), got {axis}.")
     return [a for a in range(rank) if a not in kept]
 
 
-def fake_quant(x, fmt: Format | str, axis=None, *, amax=None) -> tf.Tensor:
+def fake_quant(
+    x: tf.Tensor | ArrayLike,
+    fmt: Format | str,
+    axis: int | Sequence[int] | None = None,
+    *,
+    amax: tf.Tensor | ArrayLike | None = None,
+) -> tf.Tensor:
     """Rounds x to the values of a number format: scale * (format value), scale = amax / (largest format value).
 
     >>> fake_quant([0.1, -0.6, 7.0], "INT4").numpy().tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from fliqs_tf.numerics.formats import Format
 
@@ -18,7 +19,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Space:
     """The formats to choose from, ordered: narrow to wide, and within a width coarse to fine.
 
@@ -35,8 +36,8 @@ class Space:
 
     formats: tuple[Format, ...]
 
-    def __post_init__(self):
-        object.__setattr__(self, "formats", _ordered(self.formats))
+    def __init__(self, formats: SpaceLike) -> None:
+        object.__setattr__(self, "formats", _ordered(formats))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,7 +48,11 @@ class Space:
         return len(self.formats)
 
 
-def _ordered(space: str | Space | Iterable[str | Format]) -> tuple[Format, ...]:
+SpaceLike: TypeAlias = Space | str | Iterable[Format | str]
+"""What `Space` takes: a space, the name of a preset, or formats and format names."""
+
+
+def _ordered(space: SpaceLike) -> tuple[Format, ...]:
     if isinstance(space, Space):
         return space.formats
     if isinstance(space, (str, Format)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fliqs_tf.graph.model_graph import ModelGraph
@@ -30,7 +30,7 @@ class Recipe:
 
     formats: Mapping[str, str]
     tensors: str = "together"
-    layers: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):

@@ -7,10 +7,10 @@ import logging
 import re
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from fliqs_tf.layers import composite
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
 from fliqs_tf.quantize.recipe import TENSORS
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -43,6 +43,10 @@ class Rule:
             ) from None
         if self.formats is not UNCHANGED and self.formats is not None:
             object.__setattr__(self, "formats", Space(self.formats))
+
+
+RuleLike: TypeAlias = Rule | tuple[str, SpaceLike | None] | tuple[str, SpaceLike | None, str | None]
+"""A rule, or its arguments in a tuple."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -36,46 +37,47 @@ class SearchLog(keras.callbacks.Callback):
     def __init__(self, directory: str | os.PathLike, every: int | None = None):
         super().__init__()
         self.directory, self.every = local(directory), every
-        self.file = self.writer = None
+        self.writer: tf.summary.SummaryWriter | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.file = open(self.directory / "metrics.jsonl", "a")  # noqa: SIM115 - until on_train_end
         if importlib.util.find_spec("tensorboard"):
             self.writer = tf.summary.create_file_writer(str(self.directory / "events"))
         else:
             _LOG.warning("No TensorBoard events: pip install tensorboard. metrics.jsonl has the same figures.")
-        self.step = None
+        self.begun, self.step = False, 0
         total = int(tf.convert_to_tensor(self.model.controller.total_steps))
         self.interval = self.every or max(1, total // 200)
         self.start = time.monotonic()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self.last_batch = -1
-        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+        if not self.begun:  # now, and not before: a callback may have restored a run that was interrupted
+            self.begun = True
             self.step = int(tf.convert_to_tensor(self.model.controller.step))
             self._write(self.step, {})
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         before, self.step = self.step, self.step + batch - self.last_batch
         self.last_batch = batch
         if self.step // self.interval > before // self.interval:
             self._write(self.step, logs or {})
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         validation = {k: float(v) for k, v in (logs or {}).items() if k.startswith("val_")}
         if validation:
             self._line({"step": self.step, "epoch": epoch + 1, **validation})
             self._scalars(self.step, validation)
 
-    def on_train_end(self, logs=None):
-        if self.step is not None:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        if self.begun:
             self._write(self.step, {})
         self.file.close()
         if self.writer:
             self.writer.close()
 
-    def _write(self, step: int, logs: dict):
+    def _write(self, step: int, logs: Mapping[str, float]) -> None:
         model = self.model
         probabilities = np.asarray(model.controller.probabilities(), np.float64)
         reward, baseline, quality, beta = (float(v) for v in np.array(tf.convert_to_tensor(model.readout)))
@@ -102,13 +104,13 @@ class SearchLog(keras.callbacks.Callback):
         }
         self._scalars(step, values | probability)
 
-    def _scalars(self, step: int, values: dict):
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self.writer:
             with self.writer.as_default(step=step):
                 for name, value in values.items():
                     tf.summary.scalar(name, value)
 
-    def _line(self, row: dict):
+    def _line(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -157,19 +159,20 @@ class SearchCheckpoint(keras.callbacks.Callback):
         self.directory, self.every_steps, self.keep = local(directory), every_steps, keep
         self.every_minutes, self.preempted, self.write = every_minutes, preempted, write
 
-    def on_train_begin(self, logs=None):
-        self.step = None
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self.begun, self.step = False, 0
         self.workers = replicas.Workers(self.model.distribute_strategy)
         self.saved_at = time.monotonic()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self.last_batch = -1
-        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+        if not self.begun:  # now, and not before: a callback may have restored a run that was interrupted
+            self.begun = True
             controller = getattr(self.model, "controller", None)
             done = self.model.optimizer.iterations if controller is None else controller.step
             self.step = self.saved = int(tf.convert_to_tensor(done))
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         before, self.step = self.step, self.step + batch - self.last_batch
         self.last_batch = batch
         overdue, leave = False, False
@@ -183,11 +186,11 @@ class SearchCheckpoint(keras.callbacks.Callback):
         if leave:
             raise Preempted(self.step)
 
-    def on_train_end(self, logs=None):
-        if self.step is not None and self.step > self.saved:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        if self.begun and self.step > self.saved:
             self._save()
 
-    def _save(self):
+    def _save(self) -> None:
         finite = (np.isfinite(np.array(tf.convert_to_tensor(v))).all() for v in self.model.trainable_variables)
         bad_step = getattr(self.model, "bad_step", -1)
         if int(tf.convert_to_tensor(bad_step)) >= 0 or not all(finite):

@@ -11,17 +11,25 @@ Only matplotlib's object interface is used: no pyplot, no global state.
 from __future__ import annotations
 
 import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fliqs_tf.numerics import formats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _GREY, _BLUE, _RED = "#666666", "#33608c", "#c8553d"
 _SMALL, _NORMAL, _LARGE = 7.5, 9, 11  # font sizes in points
 _FLOAT = "FP32"  # shown for what the search left in float
 
 
-def formats_figure(layers, title=""):
+def formats_figure(layers: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """One bar per layer: its height is the layer's share of the cost, its colour the format.
 
     A strip of equal tiles under the bars names the formats, so that a layer of next to no cost can be read too.
@@ -78,7 +86,13 @@ def formats_figure(layers, title=""):
     return figure
 
 
-def probabilities_figure(steps, probabilities, decisions, options, title="Format probabilities during the search"):
+def probabilities_figure(
+    steps: ArrayLike,
+    probabilities: Sequence[ArrayLike],
+    decisions: Sequence[str],
+    options: Sequence[Sequence[str]],
+    title: str = "Format probabilities during the search",
+) -> Figure:
     """A heat map with one strip per decision: the probabilities of its options, stacked, at every step.
 
     Few bits lie at the bottom of a strip, many at the top. A strip begins as a stack of all options and becomes one
@@ -98,17 +112,17 @@ def probabilities_figure(steps, probabilities, decisions, options, title="Format
       ImportError: matplotlib is missing; says what to install.
       ValueError: nothing to draw, or shapes that do not belong together.
     """
-    steps = np.asarray(steps, float)
-    probabilities = [np.asarray(p, float) for p in probabilities]
-    _check_probabilities(steps, probabilities, decisions, options)
+    times = np.asarray(steps, float)
+    shares = [np.asarray(p, float) for p in probabilities]
+    _check_probabilities(times, shares, decisions, options)
     count = len(decisions)
-    end = steps[-1] if steps[-1] > steps[0] else steps[0] + 1
+    end = times[-1] if times[-1] > times[0] else times[0] + 1
     figure = _figure(8.5, 1.4 + (0.3 if count <= 25 else 0.2) * count)
     axes = figure.subplots()
-    for i, (p, names) in enumerate(zip(probabilities, options, strict=True)):
+    for i, (p, names) in enumerate(zip(shares, options, strict=True)):
         axes.imshow(
-            _stack(steps, p, names),
-            extent=(steps[0], end, i + 0.43, i - 0.43),
+            _stack(times, p, names),
+            extent=(times[0], end, i + 0.43, i - 0.43),
             aspect="auto",
             interpolation="nearest",
         )
@@ -122,7 +136,7 @@ def probabilities_figure(steps, probabilities, decisions, options, title="Format
             va="center",
             fontsize=_SMALL,
         )
-    axes.set(xlim=(steps[0], end), ylim=(count - 0.5, -0.5))
+    axes.set(xlim=(times[0], end), ylim=(count - 0.5, -0.5))
     axes.set_yticks(range(count), decisions)
     axes.set_xlabel("step", fontsize=_NORMAL)
     _plain(axes)
@@ -144,7 +158,9 @@ _PANELS = (
 )
 
 
-def curves_figure(rows, cost_unit="", title="The search over its steps"):
+def curves_figure(
+    rows: Sequence[Mapping[str, Any]], cost_unit: str = "", title: str = "The search over its steps"
+) -> Figure:
     """Small panels over the steps: reward, cost, entropy, loss, accuracy, switch rate; only those that rows hold.
 
     Args:
@@ -188,12 +204,14 @@ def curves_figure(rows, cost_unit="", title="The search over its steps"):
     return figure
 
 
-def has_curve(row):
+def has_curve(row: Mapping[str, Any]) -> bool:
     """Whether a row of metrics holds anything that `curves_figure` draws."""
     return any(len(_series([row], key)[0]) for _, _, keys in _PANELS for key in keys)
 
 
-def _draw_bars(axes, layers, weights, activations, numbers):
+def _draw_bars(
+    axes: Axes, layers: Sequence[Mapping[str, Any]], weights: Sequence[str], activations: Sequence[str], numbers: bool
+) -> None:
     costs = np.array([layer["cost"] for layer in layers], float)
     shares = 100 * costs / (costs.sum() or 1)
     for i, share in enumerate(shares):
@@ -211,13 +229,13 @@ def _draw_bars(axes, layers, weights, activations, numbers):
     axes.tick_params(axis="x", bottom=False, labelbottom=False)
 
 
-def _note(axes, text, x, y):
+def _note(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(
         text, (x, y), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=_SMALL, color=_GREY
     )
 
 
-def _draw_strip(axes, rows, upright):
+def _draw_strip(axes: Axes, rows: Mapping[str, Sequence[str]], upright: bool) -> None:
     """A tile per layer and row, in the colour of its format and with its name."""
     from matplotlib.patches import Rectangle
 
@@ -240,7 +258,7 @@ def _draw_strip(axes, rows, upright):
     axes.spines[:].set_visible(False)
 
 
-def _draw_curves(axes, series):
+def _draw_curves(axes: Axes, series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Readings pale, what matters strong: their baseline or running mean; target and weight of the entropy dashed."""
     for key, (steps, values) in series.items():
         if not len(steps):
@@ -272,7 +290,7 @@ def _draw_curves(axes, series):
         axes.legend(fontsize=_SMALL, frameon=False)
 
 
-def _series(rows, key):
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows that have a finite number under `key`."""
     pairs = [
         (row["step"], row[key])
@@ -283,7 +301,7 @@ def _series(rows, key):
     return steps, values
 
 
-def _running_mean(values):
+def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a twentieth of the readings, narrower at the ends."""
     half = max(1, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -292,7 +310,9 @@ def _running_mean(values):
     return (total[last] - total[first]) / (last - first)
 
 
-def _check_probabilities(steps, probabilities, decisions, options):
+def _check_probabilities(
+    steps: np.ndarray, probabilities: Sequence[np.ndarray], decisions: Sequence[str], options: Sequence[Sequence[str]]
+) -> None:
     if not len(decisions) or not len(steps):
         raise ValueError(f"There is nothing to draw: {len(decisions)} decisions at {len(steps)} steps.")
     if not len(decisions) == len(probabilities) == len(options):
@@ -308,7 +328,9 @@ def _check_probabilities(steps, probabilities, decisions, options):
             )
 
 
-def _stack(steps, probabilities, names, height=40, columns=700):
+def _stack(
+    steps: np.ndarray, probabilities: np.ndarray, names: Sequence[str], height: int = 40, columns: int = 700
+) -> np.ndarray:
     """RGB image [height, columns, 3] of the options' probabilities stacked, fewest bits at the bottom."""
     order = sorted(range(len(names)), key=lambda i: _order(names[i]))
     grid = np.linspace(steps[0], steps[-1], columns)
@@ -319,20 +341,20 @@ def _stack(steps, probabilities, names, height=40, columns=700):
     return np.array([color(names[i]) for i in order])[chosen]
 
 
-def _order(name):
+def _order(name: str) -> tuple[float, bool, int, str]:
     """Sorts by bits, integers first, then by exponent bits; what is no format comes last, by name."""
     try:
         fmt = formats.Format(name)
     except ValueError:
-        return (math.inf, 0, 0, name)
+        return (math.inf, False, 0, name)
     return (fmt.bits, not fmt.is_integer, _exponent_bits(fmt), name)
 
 
-def _exponent_bits(fmt):
+def _exponent_bits(fmt: formats.Format) -> int:
     return 0 if fmt.is_integer else fmt.bits - 1 - fmt.mantissa_bits
 
 
-def color(name):
+def color(name: str) -> tuple[float, float, float]:
     """The colour of a format, RGB: the same in every picture; grey for an option that is no format.
 
     The darker, the more bits. Formats of equal bits differ in tint: the paler, the more exponent bits.
@@ -344,16 +366,17 @@ def color(name):
     # Most spaces lie in 4..8 bits, so these get most of the scale.
     place = np.interp(fmt.bits, [2, 4, 8, 16, 32], [1.0, 0.87, 0.28, 0.08, 0.0])
     pale = 0.04 + 0.08 * _exponent_bits(fmt) if fmt.is_scaled and not fmt.is_integer else 0.0
-    return tuple(float(part + (1 - part) * pale) for part in _matplotlib().colormaps["viridis"](place)[:3])
+    red, green, blue = (float(c + (1 - c) * pale) for c in _matplotlib().colormaps["viridis"](place)[:3])
+    return red, green, blue
 
 
-def _ink(name):
+def _ink(name: str) -> str:
     """Black or white, whichever is read better on the format's colour."""
     red, green, blue = color(name)
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
-def _fill(name, hatched=True):
+def _fill(name: str, hatched: bool = True) -> dict[str, Any]:
     hatch = None
     if hatched and _order(name)[0] < math.inf:
         fmt = formats.Format(name)
@@ -364,7 +387,7 @@ def _fill(name, hatched=True):
     return {"facecolor": color(name), "hatch": hatch, "edgecolor": "white" if hatch else color(name), "linewidth": 0}
 
 
-def _legend(figure, names, hatched=True):
+def _legend(figure: Figure, names: Sequence[str], hatched: bool = True) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(label=name, **_fill(name, hatched)) for name in names]
@@ -379,12 +402,12 @@ def _legend(figure, names, hatched=True):
     )
 
 
-def _title(figure, title):
+def _title(figure: Figure, title: str) -> None:
     if title:
         figure.suptitle(title, fontsize=_LARGE, x=0.01, ha="left")
 
 
-def _plain(axes, grid=False):
+def _plain(axes: Axes, grid: bool = False) -> None:
     axes.tick_params(labelsize=_SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     if grid:
@@ -392,21 +415,20 @@ def _plain(axes, grid=False):
         axes.set_axisbelow(True)
 
 
-def _inches(text):
+def _inches(text: str) -> float:
     """About how wide a text in the small font is."""
     return len(text) * 0.64 * _SMALL / 72
 
 
-def _figure(width, height):
+def _figure(width: float, height: float) -> Figure:
     _matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
 
 
-def _matplotlib():
+def _matplotlib() -> types.ModuleType:
     try:
         import matplotlib
     except ImportError as error:

@@ -24,10 +24,16 @@ import math
 import os
 import pathlib
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import ArrayLike
 
 from fliqs_tf.io.files import read_json, replacing, write_text
 from fliqs_tf.reporting import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DPI = 144
 _LARGEST = 10**30
@@ -35,22 +41,28 @@ _CSS_DPI = 96  # what browsers call an inch: pictures appear in their own size, 
 _RECIPE, _METRICS, _DECISIONS = "recipe.json", "metrics.jsonl", "decisions.json"
 
 
-def formats_picture(layers, path, title=""):
+def formats_picture(layers: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:
     """Saves `pictures.formats_figure` as a PNG file."""
     _save(pictures.formats_figure(layers, title), path)
 
 
-def probabilities_picture(steps, probabilities, decisions, options, path):
+def probabilities_picture(
+    steps: ArrayLike,
+    probabilities: Sequence[ArrayLike],
+    decisions: Sequence[str],
+    options: Sequence[Sequence[str]],
+    path: str | os.PathLike,
+) -> None:
     """Saves `pictures.probabilities_figure` as a PNG file."""
     _save(pictures.probabilities_figure(steps, probabilities, decisions, options), path)
 
 
-def curves_picture(rows, path, cost_unit=""):
+def curves_picture(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, cost_unit: str = "") -> None:
     """Saves `pictures.curves_figure` as a PNG file."""
     _save(pictures.curves_figure(rows, cost_unit), path)
 
 
-def write_report(run_dir):
+def write_report(run_dir: str | os.PathLike) -> list[pathlib.Path]:
     """Writes the pictures of a run and `report.html`, with the pictures inside.
 
     What the run directory does not hold is left out. Called again it overwrites what it wrote.
@@ -99,7 +111,7 @@ def write_report(run_dir):
     return [*written, run_dir / "report.html"]
 
 
-def read_metrics(path):
+def read_metrics(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
     """Reads metrics.jsonl as it is left by runs that were killed and resumed.
 
     A line that is no JSON object (the one being written when the run was killed) is passed over. Where the steps go
@@ -114,7 +126,8 @@ def read_metrics(path):
     path = pathlib.Path(path)
     if not path.exists():
         return [], 0
-    rows, unreadable = [], 0
+    rows: list[dict[str, Any]] = []
+    unreadable = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
             continue
@@ -135,7 +148,7 @@ def read_metrics(path):
     return rows, unreadable
 
 
-def comparison_base(rows):
+def comparison_base(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row that costs are given relative to: uniform INT8 if there is one, else the first that has a cost.
 
     Args:
@@ -148,7 +161,7 @@ def comparison_base(rows):
     return next((row for row in priced if row["name"].startswith("uniform INT8")), priced[0] if priced else None)
 
 
-def _read(path, check, default):
+def _read(path: pathlib.Path, check: Callable[[Any], None], default: dict | list) -> Any:
     if not path.exists():
         return default
     content = read_json(path, "file of a run", most_bytes=64 * 2**20)
@@ -167,7 +180,7 @@ _FORMATS = {"weight_format": "text or null", "activation_format": "text or null"
 _SCORES = {"accuracy": "number or null", "cost": "number or null", "bits_per_character": "number or null"}
 
 
-def _check_recipe(recipe):
+def _check_recipe(recipe: Mapping[str, Any]) -> None:
     _check(recipe, {}, {**_SCORES, "target_cost": "number or null", "cost_unit": "text"}, "it")
     for key, needed, known in (("layers_table", _LAYER, _FORMATS), ("reference", {"name": "text"}, _SCORES)):
         rows = recipe.get(key, [])
@@ -179,7 +192,7 @@ def _check_recipe(recipe):
                 raise ValueError(f"{key}[{i}] has no 'weight_format' or no 'activation_format'.")
 
 
-def _check_decisions(decisions):
+def _check_decisions(decisions: Sequence[Any]) -> None:
     for i, decision in enumerate(decisions):
         _check(decision, {"name": "text"}, {}, f"entry {i}")
         options = decision.get("options")
@@ -187,7 +200,7 @@ def _check_decisions(decisions):
             raise ValueError(f"entry {i} must have 'options', a list of formats, got {reprlib.repr(options)}.")
 
 
-def _check(entry, needed, known, where):
+def _check(entry: object, needed: Mapping[str, str], known: Mapping[str, str], where: str) -> None:
     """Raises unless an entry is an object with the needed keys, and those that are there are of their kinds."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be an object, got {reprlib.repr(entry)}.")
@@ -202,28 +215,30 @@ def _check(entry, needed, known, where):
             raise ValueError(f"{key!r} of {where} must be a {kind}, got {reprlib.repr(value)}.")
 
 
-def _is_number(value):
+def _is_number(value: object) -> bool:
     """A finite number of a size that arithmetic can stand."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) <= _LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
-def _whole(text):
+def _whole(text: str) -> int:
     """An integer of JSON, unless it has more digits than any count."""
     if len(text) > len(str(_LARGEST)):
         raise ValueError(f"A number has {len(text)} digits.")
     return int(text)
 
 
-def _probabilities(rows, decisions):
+def _probabilities(
+    rows: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[list[list[float]]], list[str], list[list[str]]] | None:
     """(steps, probabilities, names, options) for `probabilities_figure`, or None where there is nothing to draw.
 
     Rows whose probabilities do not fit the decisions are left out.
     """
     options = {decision["name"]: decision["options"] for decision in decisions}
 
-    def fits(row):
+    def fits(row: Mapping[str, Any]) -> bool:
         found = row.get("probabilities")
         return isinstance(found, Mapping) and all(
             isinstance(found.get(name), list)
@@ -239,7 +254,7 @@ def _probabilities(rows, decisions):
     return [row["step"] for row in rows], series, list(options), list(options.values())
 
 
-def _save(figure, path):
+def _save(figure: Figure, path: str | os.PathLike) -> None:
     with replacing(path) as temporary:
         figure.savefig(os.fspath(temporary), dpi=_DPI)
 
@@ -259,7 +274,13 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: #444; } .note { co
 """
 
 
-def _page(name, recipe, layers, images, unreadable):
+def _page(
+    name: str,
+    recipe: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    images: Sequence[pathlib.Path],
+    unreadable: int,
+) -> str:
     parts = [f"<h1>FLIQS run {_text(name)}</h1>", _headline(recipe, layers)]
     if not recipe:
         parts.append('<p class="note">This run has no recipe.json: it was not finished.</p>')
@@ -283,9 +304,9 @@ def _page(name, recipe, layers, images, unreadable):
     )
 
 
-def _headline(recipe, layers):
+def _headline(recipe: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
     unit = recipe.get("cost_unit", "")
-    numbers = []
+    numbers: list[tuple[object, str]] = []
     if "accuracy" in recipe:
         numbers.append((_percent(recipe["accuracy"]), "accuracy of the found recipe"))
     if "cost" in recipe:
@@ -300,7 +321,7 @@ def _headline(recipe, layers):
     return f'<div class="numbers">{cells}</div>'
 
 
-def _results(recipe):
+def _results(recipe: Mapping[str, Any]) -> str:
     """The recipe found, and what it is compared with."""
     rows = [*recipe.get("reference", []), {**recipe, "name": "found by the search"}]
     has_bits = any(row.get("bits_per_character") is not None for row in rows)
@@ -321,7 +342,7 @@ def _results(recipe):
     return _table(header, cells, 1, strong=len(cells) - 1)
 
 
-def _layers(layers, unit):
+def _layers(layers: Sequence[Mapping[str, Any]], unit: str) -> str:
     total = sum(layer["cost"] for layer in layers) or 1
     header = ["layer", "weight format", "activation format", "decision", "MACs", "weights"]
     header += [f"cost ({unit})" if unit else "cost", "share"]
@@ -341,10 +362,10 @@ def _layers(layers, unit):
     return _table(header, rows, 4)
 
 
-def _table(header, rows, text_columns, strong=None):
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: int, strong: int | None = None) -> str:
     """HTML of a table whose first `text_columns` columns are text, the others numbers."""
 
-    def line(tag, cells, row_class=""):
+    def line(tag: str, cells: Sequence[Any], row_class: str = "") -> str:
         kinds = [' class="text"' if i < text_columns else "" for i in range(len(cells))]
         return f"<tr{row_class}>" + "".join(
             f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
@@ -355,7 +376,7 @@ def _table(header, rows, text_columns, strong=None):
     return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def _image(path, caption):
+def _image(path: pathlib.Path, caption: str) -> str:
     content = path.read_bytes()
     width = int.from_bytes(content[16:20], "big")  # from the head of every PNG file
     data = base64.b64encode(content).decode("ascii")
@@ -365,13 +386,13 @@ def _image(path, caption):
     )
 
 
-def _text(value):
+def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _number(value):
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _percent(share):
+def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"

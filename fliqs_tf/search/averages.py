@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import Any
 
+from fliqs_tf._keras import keras
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches
 from fliqs_tf.layers import batch_norm
@@ -15,7 +18,7 @@ ESTIMATION_BATCHES = 32
 BATCH_SIZE = 32
 
 
-def recalibrate(model, data) -> None:
+def recalibrate(model: keras.Model, data: Iterable[Any] | batches.Source | None) -> None:
     """Estimates the moving averages of a search model for its formats; a warning where there is nothing to do it from.
 
     Args:
@@ -30,7 +33,7 @@ def recalibrate(model, data) -> None:
         )
 
 
-def estimate(graph: ModelGraph, data) -> int:
+def estimate(graph: ModelGraph, data: Iterable[Any] | batches.Source | None) -> int:
     """Estimates the moving averages of a network from a few batches.
 
     Args:

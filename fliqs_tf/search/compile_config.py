@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from fliqs_tf import costs
 from fliqs_tf._keras import keras
@@ -39,8 +40,8 @@ class CompileConfig:
     target: float | None
     cost: costs.Cost
     table: costs.CostTable
-    reward: Any
-    quality: Callable
+    reward: rewards.Reward
+    quality: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
     quality_every: int
     quality_samples: int
     search_steps: int | None
@@ -49,12 +50,12 @@ class CompileConfig:
     given: Mapping[str, Any]
 
     @property
-    def decides_on(self) -> tuple:
+    def decides_on(self) -> tuple[str, str, rewards.Reward]:
         """What a decision depends on, beside the target."""
         return self.cost.name, self.cost.unit, self.reward
 
 
-def whole(name: str, value, least: int) -> int:
+def whole(name: str, value: int | np.integer, least: int) -> int:
     """A number that steps are counted with, or that draws begin with, as Python's own int: files hold nothing else."""
     number = value.item() if isinstance(value, np.generic) else value
     if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= _MOST_INT32:
@@ -62,7 +63,7 @@ def whole(name: str, value, least: int) -> int:
     return number
 
 
-def cost_of(cost, profile: Profile | None) -> costs.Cost:
+def cost_of(cost: str | costs.Cost | Profile | None, profile: Profile | None) -> costs.Cost:
     """The cost that `compile` was asked for: a name, a `Cost` or a `Profile`; None: that of the profile, or BOPs.
 
     Raises:
@@ -80,7 +81,7 @@ def cost_of(cost, profile: Profile | None) -> costs.Cost:
     return cost
 
 
-def _as_data(value):
+def _as_data(value: Any) -> Any:
     """An argument of `compile` as data of a file, which `from_config` reads; `_CODE` for what is code."""
     if value is None or isinstance(value, (str, int, float)):
         return value
@@ -100,11 +101,11 @@ def _as_data(value):
     return _CODE
 
 
-def _is_of_keras(value) -> bool:
+def _is_of_keras(value: object) -> bool:
     return type(value).__module__.split(".")[0] == keras.__name__
 
 
-def to_config(given: Mapping) -> dict:
+def to_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a file holds of the arguments: all of them as data, or under "code" the names of those that are none."""
     data = {name: _as_data(value) for name, value in given.items()}
     code = [name for name, value in data.items() if value is _CODE]
@@ -119,7 +120,7 @@ def to_config(given: Mapping) -> dict:
     return {"code": code}
 
 
-def holds_all(config: dict, model_name: str) -> bool:
+def holds_all(config: Mapping[str, Any], model_name: str) -> bool:
     """False, and a warning, for a file of a model that was compiled with code."""
     if code := config.get("code"):
         _LOG.warning(
@@ -131,7 +132,7 @@ def holds_all(config: dict, model_name: str) -> bool:
     return not code
 
 
-def from_config(config: dict) -> dict:
+def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `compile` again, from what Keras has deserialized."""
     config = dict(config)
     if isinstance(config.get("reward"), dict):

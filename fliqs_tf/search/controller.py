@@ -22,10 +22,12 @@ It can be driven without a network:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from fliqs_tf import replicas
 from fliqs_tf._keras import add_state, keras
@@ -83,20 +85,20 @@ class Controller(keras.layers.Layer):
         *,
         prior: Sequence[Sequence[float]] | None = None,
         estimator: str = "critic",
-        entropy_schedule: str | Callable = "cosine",
+        entropy_schedule: str | Callable[[tf.Tensor], tf.Tensor] = "cosine",
         beta_max: float | None = None,
         warmup: float | int = 0.25,
         frozen: float | None = None,
         noise_aware_start: bool = True,
-        learning_rate: float | Callable = 0.03,
+        learning_rate: float | Callable[[tf.Tensor], tf.Tensor] = 0.03,
         beta_1: float = 0.9,
         baseline_momentum: float = 0.99,
         normalize_advantage: bool = True,
         sum_over_decisions: bool = False,
         jit_compile: bool = True,
         name: str = "controller",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, trainable=False, **{**kwargs, "dtype": "float32"})
         self.n_options = [int(n) for n in n_options]
         if not self.n_options or min(self.n_options) < 1:
@@ -130,12 +132,13 @@ class Controller(keras.layers.Layer):
         self.prior = None if prior is None else [[float(p) for p in row] for row in prior]
         noise = _padded(self.prior, self._mask)
         self._odds = np.log1p((noise / START_NOISE) ** 2).astype(np.float32) * -float(noise_aware_start)
+        made: estimators.Critic | estimators.Reinforce
         if estimator == "critic":
             made = estimators.Critic(self._mask, noise, self._odds, jit_compile)
         else:
             options = (learning_rate, beta_1, normalize_advantage, sum_over_decisions, jit_compile)
             made = estimators.Reinforce(self._mask, self.beta_max, *options)
-        self._estimator: estimators.Critic | estimators.Reinforce = made
+        self._estimator = made
 
         self.logits = add_state(self, "logits", shape, "float32")
         self.logits.assign(made.first_logits)
@@ -149,7 +152,15 @@ class Controller(keras.layers.Layer):
         self._objective: estimators.Objective | None = None
         self.built = True
 
-    def configure(self, *, expected_cost, cost, target: float, reward, total_steps: int) -> None:
+    def configure(
+        self,
+        *,
+        expected_cost: Callable[[tf.Tensor], tf.Tensor],
+        cost: Callable[[np.ndarray], np.ndarray],
+        target: float,
+        reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+        total_steps: int,
+    ) -> None:
         """Says what samples cost, what the target is, and how long the run is.
 
         Args:
@@ -232,10 +243,9 @@ class Controller(keras.layers.Layer):
 
     def expected_cost(self) -> tf.Tensor:
         """Expected cost of a sample, in the cost's unit."""
-        self._check_configured()
-        return self._objective.expected_cost(self.probabilities())
+        return self._configured().expected_cost(self.probabilities())
 
-    def sample(self, seed, k: int = 1) -> tf.Tensor:
+    def sample(self, seed: tf.Tensor | ArrayLike, k: int = 1) -> tf.Tensor:
         """Draws k samples: int32 [k, D]. See `policy.draw`.
 
         Args:
@@ -253,7 +263,9 @@ class Controller(keras.layers.Layer):
 
     # Learning
 
-    def update(self, samples, quality, *, per_replica: bool = False) -> dict[str, tf.Tensor]:
+    def update(
+        self, samples: tf.Tensor | ArrayLike, quality: tf.Tensor | ArrayLike, *, per_replica: bool = False
+    ) -> dict[str, tf.Tensor]:
         """Learns from readings of quality that share a batch.
 
         Under a distribution strategy all replicas call it together, each with the quality on its share of the batch,
@@ -272,7 +284,7 @@ class Controller(keras.layers.Layer):
         Raises:
           RuntimeError: `configure` was not called.
         """
-        self._check_configured()
+        objective = self._configured()
         samples, quality = tf.convert_to_tensor(samples, tf.int32), tf.convert_to_tensor(quality, tf.float32)
         if per_replica and replicas.count() > 1:
             # Option indices are exact in float32: one message for both.
@@ -303,18 +315,21 @@ class Controller(keras.layers.Layer):
         return {
             "reward": tf.reduce_mean(reward),
             "baseline": baseline,
-            "expected_cost": self._objective.expected_cost(self.probabilities()),
+            "expected_cost": objective.expected_cost(self.probabilities()),
             "entropy": self.entropy(),
         }
 
-    def _rewards(self, samples, quality, target, moments):
+    def _rewards(
+        self, samples: tf.Tensor, quality: tf.Tensor, target: tf.Tensor, moments: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Rewards [k] of the samples, the moments updated by them, and from these the baseline and the variance."""
+        objective = self._configured()
         choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self._mask.shape[1])
         if samples.shape.rank == 2:
-            costs = tf.stack([self._objective.expected_cost(choices[i]) for i in range(samples.shape[0])])
+            costs = tf.stack([objective.expected_cost(choices[i]) for i in range(samples.shape[0])])
         else:  # of many replicas
-            costs = tf.map_fn(self._objective.expected_cost, choices)
-        reward = self._objective.reward(tf.reshape(quality, [-1]), costs / target)
+            costs = tf.map_fn(objective.expected_cost, choices)
+        reward = objective.reward(tf.reshape(quality, [-1]), costs / target)
         momentum = self.baseline_momentum
         now = tf.stack([tf.reduce_mean(reward), tf.reduce_mean(reward**2), 1.0])
         finite = tf.reduce_all(tf.math.is_finite(reward))
@@ -341,7 +356,7 @@ class Controller(keras.layers.Layer):
         Returns:
           int32 [D].
         """
-        self._check_configured()
+        self._configured()
         state = [np.array(tf.convert_to_tensor(v)) for v in self._state]
         target = float(tf.convert_to_tensor(self.target))
         choice = agree(self._estimator.choose(state, np.array(self.most_likely()), target))
@@ -351,41 +366,43 @@ class Controller(keras.layers.Layer):
         self.decided.assign(True)
         return choice
 
-    def _check_configured(self) -> None:
+    def _configured(self) -> estimators.Objective:
+        """What `configure` was given. Raises RuntimeError before that."""
         if self._objective is None:
             raise RuntimeError(
                 "The controller knows no cost and no target yet. fit() of a search model tells it. Before "
                 "train_on_batch call the model's configure_controller(total_steps), without a network configure()."
             )
+        return self._objective
 
     def _check_critic(self) -> None:
         if self.estimator != "critic":
             raise RuntimeError(f"Only estimator='critic' knows effects; this controller has {self.estimator!r}.")
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         """Its arguments, with what the defaults stand for; without `n_options` and `name`."""
         names = ["estimator", "entropy_schedule", "beta_max", "warmup", "frozen", "noise_aware_start", "learning_rate"]
         names += ["beta_1", "baseline_momentum", "normalize_advantage", "sum_over_decisions", "jit_compile"]
         prior = None if self.prior is None else [[float(p) for p in row] for row in self.prior]
         return {**{name: getattr(self, name) for name in names}, "prior": prior}
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         for argument in ("entropy_schedule", "learning_rate"):
             if callable(getattr(self, argument)):
                 raise ValueError(f"A controller with a callable {argument} cannot be saved; use a name or a number.")
         return {"name": self.name, "n_options": [int(n) for n in self.n_options], **self.options()}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> Controller:
         return cls(**present_names(config))
 
 
-def present_names(config: dict) -> dict:
+def present_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a controller as files hold them, under the names that they have now."""
     return {_FORMER_NAMES.get(name, name): value for name, value in config.items()}
 
 
-def _padded(prior, mask: np.ndarray) -> np.ndarray:
+def _padded(prior: Sequence[Sequence[float]] | None, mask: np.ndarray) -> np.ndarray:
     """Noise powers [D, N], 0 for padding and for no prior."""
     noise = np.zeros(mask.shape)
     if prior is None:

@@ -162,7 +162,7 @@ def observe(state: State, samples: tf.Tensor, quality: tf.Tensor, prior: Prior) 
     in_z = _to_z(tf.reshape(rows, [-1, decisions, options]), prior)
     new = tf.reduce_sum(tf.cast(finite, tf.float32))
 
-    def average(old, each):
+    def average(old: tf.Tensor, each: tf.Tensor) -> tf.Tensor:
         """`old`, moved towards the mean over the batches as far as they would have moved it one by one."""
         ours = tf.where(tf.reshape(finite, [-1] + [1] * (each.shape.rank - 1)), each, tf.zeros_like(each))
         there = tf.math.divide_no_nan(tf.reduce_sum(ours, axis=0), new)
@@ -219,10 +219,10 @@ def solve(state: State, prior: Prior, iterations: int = 6) -> State:
     kappa = scale / noise
     preconditioner = 1.0 / (1.0 + kappa * state.information)
 
-    def adjoint(effects):
+    def adjoint(effects: tf.Tensor) -> tf.Tensor:
         return _to_z(tf.reshape(effects, [1, decisions, options]), prior)[0]
 
-    def image_of(z):
+    def image_of(z: tf.Tensor) -> tf.Tensor:
         """G A z."""
         return tf.linalg.matvec(state.gram, tf.reshape(_to_effects(z, prior), [size]))
 
@@ -230,7 +230,9 @@ def solve(state: State, prior: Prior, iterations: int = 6) -> State:
     r = tf.sqrt(scale) / noise * adjoint(state.moment) - state.z - kappa * adjoint(image)
     direction = preconditioner * r
 
-    def step(i, z, image, r, direction, rho):
+    def step(
+        i: tf.Tensor, z: tf.Tensor, image: tf.Tensor, r: tf.Tensor, direction: tf.Tensor, rho: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         moved = image_of(direction)
         change = direction + kappa * adjoint(moved)
         alpha = tf.math.divide_no_nan(rho, tf.reduce_sum(direction * change))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tensorflow as tf
 
 from fliqs_tf import replicas
+from fliqs_tf._keras import keras
 
 
-def decide(model) -> None:
+def decide(model: keras.Model) -> None:
     """Takes the decision, if it is open."""
     if bool(tf.convert_to_tensor(model.controller.decided)):
         return
@@ -16,7 +17,7 @@ def decide(model) -> None:
     model.use_sample()
 
 
-def decide_if_due(model) -> None:
+def decide_if_due(model: keras.Model) -> None:
     """Takes the decision at the step that it is planned for, or after it."""
     if int(tf.convert_to_tensor(model.controller.step)) >= model.controller.decided_at():
         decide(model)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import Any
 
 from fliqs_tf._keras import keras
 from fliqs_tf.costs import counting
 from fliqs_tf.export import tflite_writer
+from fliqs_tf.io import batches
 from fliqs_tf.layers import batch_norm, ranges, shared_ranges
 from fliqs_tf.quantize import copying
 from fliqs_tf.quantize.recipe import Recipe
@@ -15,7 +18,9 @@ from fliqs_tf.search import averages
 _LOG = logging.getLogger("fliqs_tf")
 
 
-def deployed(model, own: Recipe, recipe: Recipe, calibration_data) -> keras.Model:
+def deployed(
+    model: keras.Model, own: Recipe, recipe: Recipe, calibration_data: Iterable[Any] | batches.Source | None
+) -> keras.Model:
     """See `SearchModel.deploy`.
 
     Args:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf.search import critic, policy
+from fliqs_tf.search import critic, policy, rewards
 
 # Adam's other two.
 _BETA_2, _EPSILON = 0.999, 1e-8
@@ -30,7 +30,7 @@ class Objective(NamedTuple):
 
     expected_cost: Callable[[tf.Tensor], tf.Tensor]
     cost: Callable[[np.ndarray], np.ndarray]
-    reward: Any
+    reward: rewards.Reward
 
 
 class Readings(NamedTuple):
@@ -98,24 +98,28 @@ class Critic:
         self._solve = tf.function(self._solve_effects, jit_compile=self._jit_compile, autograph=False)
         self.learn = tf.function(self._learn, autograph=False)
 
-    def _learn(self, state: list, logits: tf.Tensor, readings: Readings, moment: Moment) -> tuple[list, tf.Tensor]:
-        before = critic.State(*state).updates
-        state = critic.observe(critic.State(*state), readings.samples, readings.quality, self.prior)
-        arguments = (list(state), logits, moment)
+    def _learn(
+        self, state: list[tf.Tensor], logits: tf.Tensor, readings: Readings, moment: Moment
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        before = critic.State(*state)
+        after = critic.observe(before, readings.samples, readings.quality, self.prior)
+        arguments = (list(after), logits, moment)
         if readings.samples.shape[-2] == 1:
             # Single readings come at every step and each tells little: the rest of the work is done for four at once.
-            due = tf.floor(state.updates / 4.0) > tf.floor(before / 4.0)
-            return tf.cond(due, lambda: self._solve(*arguments), lambda: (list(state), logits))
+            due = tf.floor(after.updates / 4.0) > tf.floor(before.updates / 4.0)
+            return tf.cond(due, lambda: self._solve(*arguments), lambda: (list(after), logits))
         return self._solve(*arguments)
 
-    def _solve_effects(self, state: list, logits: tf.Tensor, moment: Moment) -> tuple[list, tf.Tensor]:
+    def _solve_effects(
+        self, state: list[tf.Tensor], logits: tf.Tensor, moment: Moment
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Effects from what was observed, and the policy from them."""
-        state = critic.solve(critic.State(*state), self.prior)
-        level, reward = critic.level(state), self._objective.reward
+        solved = critic.solve(critic.State(*state), self.prior)
+        level, reward = critic.level(solved), self._objective.reward
 
-        def policy_of_effects():
+        def policy_of_effects() -> tf.Tensor:
             return policy.boltzmann(
-                state.effects,
+                solved.effects,
                 (1.0 - moment.shape) * self._log_odds,
                 self._mask,
                 moment.probabilities,
@@ -124,9 +128,9 @@ class Critic:
                 1.0 - moment.shape,
             )
 
-        return list(state), tf.cond(moment.frozen, lambda: logits, policy_of_effects)
+        return list(solved), tf.cond(moment.frozen, lambda: logits, policy_of_effects)
 
-    def choose(self, state: list, most_likely: np.ndarray, target: float) -> np.ndarray:
+    def choose(self, state: list[np.ndarray], most_likely: np.ndarray, target: float) -> np.ndarray:
         """The sample of highest predicted reward. For a hard target: of highest predicted quality with a cost within
         1 % of it (or not above it), and where there is none, of the nearest cost. On the host.
 
@@ -135,14 +139,14 @@ class Critic:
           most_likely: int [D], a sample to start from.
           target: Target cost.
         """
-        state = critic.State(*state)
-        effects = critic.solve_exactly(state, self.prior)
-        score = _score(self._objective.reward, effects, float(critic.level(state)))
+        learned = critic.State(*state)
+        effects = critic.solve_exactly(learned, self.prior)
+        score = _score(self._objective.reward, effects, float(critic.level(learned)))
         return policy.best_sample(effects, self._mask, self._objective.cost, score, target, most_likely)
 
 
-def _score(reward, effects: np.ndarray, level: float) -> Callable:
-    if not reward.hard:
+def _score(reward: rewards.Reward, effects: np.ndarray, level: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    if not (reward.hard and isinstance(reward, rewards.HardReward)):
         return lambda quality, ratio: reward(quality + level, ratio).numpy()
     # Quality cannot outweigh a violation of 1e-4.
     price = 1e4 * (np.ptp(effects, axis=1).sum() + 1e-30)
@@ -161,7 +165,7 @@ class Reinforce:
 
     mask: np.ndarray
     beta_max: float
-    learning_rate: float | Callable
+    learning_rate: float | Callable[[tf.Tensor], tf.Tensor]
     beta_1: float
     normalize_advantage: bool
     sum_over_decisions: bool
@@ -181,7 +185,9 @@ class Reinforce:
         del objective
         self.learn = tf.function(self._learn, jit_compile=self.jit_compile, autograph=False)
 
-    def _learn(self, state: list, logits: tf.Tensor, readings: Readings, moment: Moment) -> tuple[list, tf.Tensor]:
+    def _learn(
+        self, state: list[tf.Tensor], logits: tf.Tensor, readings: Readings, moment: Moment
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         samples = tf.reshape(readings.samples, [-1, readings.samples.shape[-1]])
         advantage = readings.reward - readings.baseline
         if self.normalize_advantage:
@@ -199,13 +205,13 @@ class Reinforce:
         new_logits = logits - rate * new_mean / (1.0 - self.beta_1**new_steps) / (deviation + _EPSILON)
         learns = tf.logical_and(tf.logical_not(moment.frozen), tf.reduce_all(tf.math.is_finite(gradient)))
 
-        def keep(new, old):
+        def keep(new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
             return tf.where(learns, new, old)
 
         state = [keep(new_mean, mean), keep(new_square, square), keep(new_steps, steps)]
         return state, keep(new_logits, logits)
 
-    def loss(self, logits, samples, advantage, beta) -> tf.Tensor:
+    def loss(self, logits: tf.Tensor, samples: tf.Tensor, advantage: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
         """-mean over samples of A * log pi + beta * H, both summed or averaged over decisions."""
         probabilities = policy.softmax(logits, self.mask)
         logs = tf.where(self.mask, tf.math.log(tf.maximum(probabilities, 1e-30)), 0.0)
@@ -214,7 +220,7 @@ class Reinforce:
         entropy = over(-tf.reduce_sum(probabilities * logs, axis=1))
         return -tf.reduce_mean(tf.stop_gradient(advantage) * log_pi) + beta * entropy
 
-    def choose(self, state: list, most_likely: np.ndarray, target: float) -> np.ndarray:
+    def choose(self, state: list[np.ndarray], most_likely: np.ndarray, target: float) -> np.ndarray:
         """The most likely sample, as in the paper."""
         del state, target
         return most_likely

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -15,7 +16,16 @@ from fliqs_tf.search import averages, length, loop
 _LOG = logging.getLogger("fliqs_tf")
 
 
-def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
+def fit(
+    model: keras.Model,
+    keras_fit: Callable[..., keras.callbacks.History],
+    x: Any,
+    y: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    quality_data: Iterable[Any] | None,
+    calibration_data: Iterable[Any] | None,
+) -> keras.callbacks.History:
     """See `SearchModel.fit`."""
     arguments = inspect.signature(keras_fit).bind(x, y, *args, **kwargs).arguments
     if isinstance(x, tf.data.Dataset):
@@ -68,7 +78,7 @@ def fit(model, keras_fit, x, y, args, kwargs, quality_data, calibration_data):
     return history
 
 
-def _training_source(network, arguments) -> batches.Source | None:
+def _training_source(network: keras.Model, arguments: Mapping[str, Any]) -> batches.Source | None:
     """The training data of `fit` without those at the end that Keras keeps for validation; None for a generator, which
     training uses up, and for what only Keras understands."""
     x = arguments["x"]
@@ -85,7 +95,7 @@ def _training_source(network, arguments) -> batches.Source | None:
     return source.first(int(batches.example_count(source.arrays) * training), batch_size=size)
 
 
-def _create_variables(model, arguments) -> None:
+def _create_variables(model: keras.Model, arguments: Mapping[str, Any]) -> None:
     """Creates the variables of optimizer and metrics, which tf_keras would create in the first training step: a step
     that creates variables is traced twice, and tracing a large network takes seconds. (Keras 3 does it by itself.)
 
@@ -106,26 +116,28 @@ def _create_variables(model, arguments) -> None:
             _LOG.debug("Metrics are created in the first step, which is traced twice: %r", error)
 
 
-def _labels(arguments):
+def _labels(arguments: Mapping[str, Any]) -> Any:
     """The labels of `fit`, or their specs."""
     x = arguments["x"]
     spec = getattr(x, "element_spec", None)
     return arguments.get("y") if spec is None else keras.utils.unpack_x_y_sample_weight(spec)[1]
 
 
-def _size_of_batches(x) -> int | None:
+def _size_of_batches(x: Any) -> int | None:
     """Examples per batch of a data set, if it says so."""
     specs = tf.nest.flatten(getattr(x, "element_spec", None), expand_composites=True)
     shapes = [spec.shape for spec in specs if hasattr(spec, "shape")]
     return shapes[0][0] if shapes and shapes[0].rank else None
 
 
-def _check_labels(source: batches.Source, model) -> None:
+def _check_labels(source: batches.Source, model: keras.Model) -> None:
     if source.has_labels is False and getattr(model, "loss", None) is not None:
         raise ValueError("quality_data has no labels: give batches (x, y), or a tuple (x, y) of arrays.")
 
 
-def _as_list(callbacks) -> list:
+def _as_list(
+    callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None,
+) -> list[keras.callbacks.Callback]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]

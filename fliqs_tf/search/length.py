@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 
+from fliqs_tf._keras import keras
 from fliqs_tf.search import averages
 
 _LOG = logging.getLogger("fliqs_tf")
 
 
-def restart_if_compiled_anew(model, arguments) -> None:
+def restart_if_compiled_anew(model: keras.Model, arguments: Mapping[str, Any]) -> None:
     """Begins a new search, if the formats were decided for something else than what is compiled now."""
     controller, target = model.controller, model.target_cost
     if not bool(tf.convert_to_tensor(controller.decided)):
@@ -42,7 +45,7 @@ def restart_if_compiled_anew(model, arguments) -> None:
     model.restart()
 
 
-def total_steps(model, arguments, start: int) -> int:
+def total_steps(model: keras.Model, arguments: Mapping[str, Any], start: int) -> int:
     """Training steps of the search that `fit` begins or goes on with, all of them.
 
     Args:
@@ -70,7 +73,7 @@ def total_steps(model, arguments, start: int) -> int:
     return per_epoch * epochs if first_epoch or not start else start + per_epoch * epochs
 
 
-def _steps_per_epoch(arguments) -> int | None:
+def _steps_per_epoch(arguments: Mapping[str, Any]) -> int | None:
     if arguments.get("steps_per_epoch"):
         return int(arguments["steps_per_epoch"])
     x = arguments["x"]

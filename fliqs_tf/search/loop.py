@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +22,14 @@ _CHECK_EVERY = 16
 _LOST, _LOST_AT_LEAST = 0.25, 0.05
 
 
+class _Reading(NamedTuple):
+    """The quality of the first of some samples on a batch."""
+
+    data: Any
+    samples: tf.Tensor
+    quality: float
+
+
 class SearchLoop(keras.callbacks.Callback):
     """Between training steps: readings of quality, the decision, and a look whether all is finite.
 
@@ -29,27 +39,32 @@ class SearchLoop(keras.callbacks.Callback):
       size: Examples per reading, of arrays.
     """
 
-    def __init__(self, search_model, source, size):
+    def __init__(self, search_model: keras.Model, source: batches.Source | None, size: int) -> None:
         super().__init__()
         self.search_model = search_model
         self.strategy = search_model.distribute_strategy
         self.workers = replicas.Workers(self.strategy)
         self.source = source
-        self.batches = None if source is None else source.endless(size, search_model._compiled_for.seed)
+        self.batches: Iterator[Any] = iter(())  # as `read_quality` takes them
+        if source is not None:
+            endless, dealt_out = source.endless(size, search_model._compiled_for.seed), source.is_distributed
+            self.batches = (batch if dealt_out else _shared(batch, self.strategy) for batch in endless)
         self.draw, self.read, self.learn = _functions(search_model)
-        self.step = None
-        self.at_first = None
+        self.begun = False
+        self.step = 0
+        self.at_first: _Reading | None = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self.last_batch = -1
-        if self.step is None:  # now, and not before: a callback may have restored a run that was interrupted
+        if not self.begun:  # now, and not before: a callback may have restored a run that was interrupted
+            self.begun = True
             self.step = self._controller_step()
             self._note_decision()
-            if self.step == 0 and self.batches is not None and not self.decided:
+            if self.step == 0 and self.source is not None and not self.decided:
                 self._read_before_training()
         self.keep_decision()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         before, self.step = self.step, self.step + batch - self.last_batch
         self.last_batch = batch
         if self.step // _CHECK_EVERY > before // _CHECK_EVERY:
@@ -57,24 +72,24 @@ class SearchLoop(keras.callbacks.Callback):
         if self.decided:
             return
         if self.at_first is not None and self.step >= self.search_model.controller.warmup_steps():
-            self._compare_with_before()
+            self._compare_with(self.at_first)
         if self.step >= self.search_model.controller.decided_at():
             self.decide()
-        elif self.batches is not None:
+        elif self.source is not None:
             # With steps_per_execution several may be due.
             every = self.search_model._compiled_for.quality_every
             for reading in range(before // every + 1, self.step // every + 1):
                 self._read(reading * every - 1)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._check_finite()
 
-    def decide(self):
+    def decide(self) -> None:
         """Takes the decision, once."""
         if self.decided:
             return
         every = self.search_model._compiled_for.quality_every
-        if self.batches is not None and self.step < every:
+        if self.source is not None and self.step < every:
             _LOG.warning(
                 "The formats are decided after %d steps without one reading of quality_data, which happens every %d "
                 "steps (quality_every): only their cost was known.",
@@ -84,7 +99,7 @@ class SearchLoop(keras.callbacks.Callback):
         deciding.decide(self.search_model)
         self._note_decision()
 
-    def keep_decision(self):
+    def keep_decision(self) -> None:
         """Puts the decision back where a callback has restored weights from before it, the controller's among them."""
         controller = self.search_model.controller
         if not self.decided:
@@ -105,30 +120,28 @@ class SearchLoop(keras.callbacks.Callback):
     def _controller_step(self) -> int:
         return int(tf.convert_to_tensor(self.search_model.controller.step))
 
-    def _note_decision(self):
+    def _note_decision(self) -> None:
         controller = self.search_model.controller
         self.decided = bool(tf.convert_to_tensor(controller.decided))
         self.logits = np.array(tf.convert_to_tensor(controller.logits))
 
-    def _read(self, step: int):
-        batch = next(self.batches)
-        data = batch if self.source.is_distributed else _shared(batch, self.strategy)
+    def _read(self, step: int) -> None:
+        data = next(self.batches)
         samples = self.draw(tf.constant(step))
         k = self.search_model._compiled_for.quality_samples
         self.learn(samples, [self.read(data, samples, tf.constant(i)) for i in range(k)])
 
-    def _read_before_training(self):
+    def _read_before_training(self) -> None:
         """Reads the network as it came, in its widest formats: what the warm-up must not destroy."""
-        batch = next(self.batches)
-        self.batches = itertools.chain([batch], self.batches)
-        data = batch if self.source.is_distributed else _shared(batch, self.strategy)
+        data = next(self.batches)
+        self.batches = itertools.chain([data], self.batches)
         widest = [len(decision.options) - 1 for decision in self.search_model.decisions]
-        self.at_first = data, tf.constant([widest] * self.search_model._compiled_for.quality_samples)
-        self.quality_at_first = self._quality(*self.at_first)
+        samples = tf.constant([widest] * self.search_model._compiled_for.quality_samples)
+        self.at_first = _Reading(data, samples, self._quality(data, samples))
         self.search_model.use_sample()
 
-    def _compare_with_before(self):
-        before, now = self.quality_at_first, self._quality(*self.at_first)
+    def _compare_with(self, reading: _Reading) -> None:
+        before, now = reading.quality, self._quality(reading.data, reading.samples)
         self.at_first = None
         self.search_model.use_sample()
         if now < before - _LOST * abs(before) - _LOST_AT_LEAST:
@@ -141,12 +154,12 @@ class SearchLoop(keras.callbacks.Callback):
                 self.step,
             )
 
-    def _quality(self, data, samples) -> float:
+    def _quality(self, data: Any, samples: tf.Tensor) -> float:
         """Mean over replicas of the quality of the first sample."""
         read = self.read(data, samples, tf.constant(0))
         return float(np.mean([np.array(q) for q in self.strategy.experimental_local_results(read)]))
 
-    def _check_finite(self):
+    def _check_finite(self) -> None:
         bad = int(tf.convert_to_tensor(self.search_model.bad_step))
         if bad >= 0:
             what = f"The loss was not finite at step {bad}"
@@ -161,7 +174,7 @@ class SearchLoop(keras.callbacks.Callback):
         )
 
 
-def _functions(model) -> tuple:
+def _functions(model: keras.Model) -> tuple[Callable, Callable, Callable]:
     """(draw, read, learn) as graphs, made once per `compile`: a second `fit` traces nothing again."""
     run = model.distribute_strategy.run
     if model._reading_functions is None:
@@ -175,15 +188,15 @@ def _functions(model) -> tuple:
     return model._reading_functions
 
 
-def _read_one(model):
+def _read_one(model: keras.Model) -> Callable:
     return lambda data, samples, i: model.read_quality(data, samples[i])
 
 
-def _learn(model):
+def _learn(model: keras.Model) -> Callable:
     return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
 
 
-def _all_finite(network) -> bool:
+def _all_finite(network: keras.Model) -> bool:
     """Whether all variables are: in one pass, because a sum is not finite if one term is not."""
     # A vocabulary of tf_keras is among the variables, but is none.
     values = (tf.convert_to_tensor(v) for v in network.variables if hasattr(v, "assign"))
@@ -191,7 +204,7 @@ def _all_finite(network) -> bool:
     return bool(tf.math.is_finite(tf.add_n(sums)))
 
 
-def _shared(batch: batches.Batch, strategy: tf.distribute.Strategy):
+def _shared(batch: batches.Batch, strategy: tf.distribute.Strategy) -> Any:
     """A batch as `read_quality` takes it: on one replica, or dealt out to all of them."""
     data = tuple(batch) if batch.sample_weight is not None else (batch.x, batch.y)
     count = strategy.num_replicas_in_sync
@@ -201,7 +214,7 @@ def _shared(batch: batches.Batch, strategy: tf.distribute.Strategy):
     if not size:
         raise ValueError(f"A batch of quality_data has {batches.example_count(batch)} examples for {count} replicas.")
 
-    def share(context):
+    def share(context: tf.distribute.ReplicaContext) -> Any:
         first = context.replica_id_in_sync_group
         return tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[first:size:count], data)
 

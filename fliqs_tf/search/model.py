@@ -16,9 +16,12 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from fliqs_tf import costs, replicas
 from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
@@ -49,7 +52,14 @@ class SearchModel(keras.Model):
       profile: The platform that is searched for, a `Profile` or None.
     """
 
-    def __init__(self, network, controller=None, input_shape=None, profile=None, **kwargs):
+    def __init__(
+        self,
+        network: keras.Model | ModelGraph,
+        controller: Mapping[str, Any] | None = None,
+        input_shape: Any = None,
+        profile: Profile | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.graph = graph = ModelGraph.of(network)
         self.network = network = graph.model
@@ -57,7 +67,9 @@ class SearchModel(keras.Model):
         if shared_ranges.has_boundary_quantizers(graph):
             shared_ranges.link(graph)
         self.profile = profile
-        self._example_shape = input_shape and map_shapes(lambda s: list(getattr(s, "shape", s)), input_shape)
+        self._example_shape = input_shape and map_shapes(
+            lambda s: list(s.shape if hasattr(s, "shape") else s), input_shape
+        )
         if names := getattr(network, "output_names", None):
             # Losses and metrics are given by these names, and reported under them.
             self.output_names = list(names)
@@ -77,7 +89,7 @@ class SearchModel(keras.Model):
         self.built = True
         self._assign(self.controller.most_likely())
 
-    def _new_controller(self, options: dict) -> Controller:
+    def _new_controller(self, options: Mapping[str, Any]) -> Controller:
         if not self.decisions:
             raise ValueError(
                 f"Model {self.network.name!r} has no formats to choose from: give what fliqs_tf.wrap or quantize_apply "
@@ -97,32 +109,32 @@ class SearchModel(keras.Model):
         """The layers that costs count."""
         return costs.sites(self.graph, self._example_shape)
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         return self.network(inputs, training=training)
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         self.built = True
 
     # ---- configuration
 
     def compile(
         self,
-        optimizer="rmsprop",
-        loss=None,
-        metrics=None,
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        loss: Any = None,
+        metrics: Any = None,
         *,
-        target_cost=None,
-        cost=None,
-        reward="absolute",
-        quality="loss",
-        quality_every=5,
-        quality_samples=4,
-        search_steps=None,
-        seed=0,
-        sample_per_replica=False,
-        controller=None,
-        **kwargs,
-    ):
+        target_cost: float | str | None = None,
+        cost: str | costs.Cost | Profile | None = None,
+        reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = "absolute",
+        quality: str | keras.metrics.Metric | Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = "loss",
+        quality_every: int = 5,
+        quality_samples: int = 4,
+        search_steps: int | None = None,
+        seed: int = 0,
+        sample_per_replica: bool = False,
+        controller: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Keras' `compile`, and what the search needs.
 
         Compiled for another target, cost or reward after the search has decided, the model searches anew in the next
@@ -177,7 +189,7 @@ class SearchModel(keras.Model):
             target_cost = target_cost if isinstance(target_cost, str) else target
         if controller is not None:
             self._set_controller(self._new_controller(controller))
-        numbers = {
+        numbers: dict[str, Any] = {
             "quality_every": quality_every,
             "quality_samples": quality_samples,
             "search_steps": search_steps,
@@ -217,21 +229,35 @@ class SearchModel(keras.Model):
     @property
     def target_cost(self) -> float | None:
         """The target in the cost's unit, None before `compile` or without one."""
-        return self._compiled_for and self._compiled_for.target
+        return None if self._compiled_for is None else self._compiled_for.target
 
     @property
     def cost(self) -> costs.Cost:
         """What is counted, as compiled."""
-        return self._compiled_for.cost
+        return self._configuration.cost
 
     @property
     def cost_table(self) -> costs.CostTable:
         """Cost of samples of this model, as compiled."""
-        return self._compiled_for.table
+        return self._configuration.table
+
+    @property
+    def _configuration(self) -> compile_config.CompileConfig:
+        if self._compiled_for is None:
+            raise RuntimeError("Call compile(optimizer, loss, target_cost=...) first.")
+        return self._compiled_for
 
     # ---- training
 
-    def fit(self, x=None, y=None, *args, quality_data=None, calibration_data=None, **kwargs):
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *args: Any,
+        quality_data: tf.data.Dataset | Iterable[Any] | None = None,
+        calibration_data: tf.data.Dataset | Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Keras' `fit`: trains the weights and searches the formats.
 
         Args:
@@ -276,21 +302,26 @@ class SearchModel(keras.Model):
         if held_out != self._held_out:
             self._held_out = held_out
             self.train_function = None
+        target = self._configuration.target
+        if target is None:
+            raise ValueError(
+                "compile was called without target_cost; a search needs it, for example target_cost='0.25x INT8'."
+            )
         self.controller.configure(
             expected_cost=self.cost_table.expected,
             cost=self.cost_table.of_samples,
-            target=self.target_cost,
-            reward=self._compiled_for.reward,
+            target=target,
+            reward=self._configuration.reward,
             total_steps=total_steps,
         )
 
-    def train_on_batch(self, *args, **kwargs):
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Keras' `train_on_batch`; takes the decision when it is due, see `configure_controller`."""
         logs = super().train_on_batch(*args, **kwargs)
         deciding.decide_if_due(self)
         return logs
 
-    def finish(self, calibration_data=None) -> Recipe:
+    def finish(self, calibration_data: tf.data.Dataset | Iterable[Any] | None = None) -> Recipe:
         """Ends the search in a loop of your own, as `fit` does by itself: takes the decision if it is still open, sets
         the formats, and estimates the moving averages of batch normalization for them.
 
@@ -305,7 +336,7 @@ class SearchModel(keras.Model):
         return self.recipe()
 
     @tf.autograph.experimental.do_not_convert
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         sample = self._draw(1)[0]
         self._assign(sample)
         with training_step():
@@ -328,23 +359,25 @@ class SearchModel(keras.Model):
             "switch_rate": switched,
         }
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs):
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> tf.Tensor:
         loss = super().compute_loss(x, y, y_pred, sample_weight, **kwargs)
         self._batch.values = (loss, y, y_pred)
         return loss
 
-    def _quality_of_batch(self):
+    def _quality_of_batch(self) -> tuple[tf.Tensor, tf.Tensor]:
         """(quality, loss) of the batch whose loss was computed last: over all replicas, or, of quality, over this one's
         share if each has its own sample."""
         loss, y, y_pred = self._batch.values
         del self._batch.values
         # Keras divides the loss of a replica's share by the number of replicas.
         loss = tf.cast(loss, tf.float32) * replicas.count()
-        quality = self._compiled_for.quality(loss, y, y_pred)
+        quality = self._configuration.quality(loss, y, y_pred)
         both = replicas.mean(tf.stack([quality, loss]))
-        return quality if self._compiled_for.sample_per_replica else both[0], both[1]
+        return quality if self._configuration.sample_per_replica else both[0], both[1]
 
-    def draw_for_reading(self, step=None) -> tf.Tensor:
+    def draw_for_reading(self, step: tf.Tensor | int | None = None) -> tf.Tensor:
         """Samples to compare on one batch, int32 [quality_samples, decisions]. The first one is that of the training
         step, for the last step at least: an earlier one is drawn again, which XLA-compiled steps do otherwise.
 
@@ -353,19 +386,19 @@ class SearchModel(keras.Model):
         """
         last = tf.convert_to_tensor(self.controller.step) - 1
         step = last if step is None else step
-        samples = self._draw(self._compiled_for.quality_samples, step)
+        samples = self._draw(self._configuration.quality_samples, step)
         trained_with = tf.where((step == last) & (last >= 0), tf.convert_to_tensor(self.previous_sample), samples[0])
         return tf.concat([trained_with[None], samples[1:]], axis=0)
 
-    def _draw(self, k, step=None):
+    def _draw(self, k: int, step: tf.Tensor | int | None = None) -> tf.Tensor:
         step = tf.convert_to_tensor(self.controller.step if step is None else step)
-        seed = tf.constant(self._compiled_for.seed, tf.int32)
-        if self._compiled_for.sample_per_replica:
+        seed = tf.constant(self._configuration.seed, tf.int32)
+        if self._configuration.sample_per_replica:
             # Far from the seeds that people take; the first replica draws what it would draw alone.
             seed = tf.bitwise.bitwise_xor(seed, replicas.index() * 0x3C6EF35F)
         return self.controller.sample(tf.stack([seed, step]), k)
 
-    def read_quality(self, data, sample) -> tf.Tensor:
+    def read_quality(self, data: tuple[Any, ...], sample: tf.Tensor | ArrayLike) -> tf.Tensor:
         """Quality of a sample on a batch, which changes no weight, no stored statistic and no metric.
 
         Under a distribution strategy: the mean over replicas, or with `sample_per_replica` that of the replica's share.
@@ -389,24 +422,24 @@ class SearchModel(keras.Model):
             variable.assign(value)
         return quality
 
-    def learn(self, samples, quality) -> None:
+    def learn(self, samples: tf.Tensor | ArrayLike, quality: tf.Tensor | ArrayLike) -> None:
         """Updates the controller from readings on one batch: int32 [k, decisions], float32 [k]."""
         self._learn(samples, quality)
         self._assign(self.controller.most_likely())
 
-    def _learn(self, samples, quality):
-        result = self.controller.update(samples, quality, per_replica=self._compiled_for.sample_per_replica)
+    def _learn(self, samples: tf.Tensor | ArrayLike, quality: tf.Tensor | ArrayLike) -> None:
+        result = self.controller.update(samples, quality, per_replica=self._configuration.sample_per_replica)
         mean_quality = replicas.mean(tf.reduce_mean(quality))
         self.readout.assign(tf.stack([result["reward"], result["baseline"], mean_quality, self.controller.beta()]))
 
-    def use_sample(self, sample=None) -> None:
+    def use_sample(self, sample: tf.Tensor | ArrayLike | None = None) -> None:
         """Sets the formats that the model computes with: int32 [decisions]; None: the most likely ones.
 
         The next training step goes back to the most likely ones.
         """
         self._assign(tf.convert_to_tensor(self.controller.most_likely() if sample is None else sample, tf.int32))
 
-    def _assign(self, sample):
+    def _assign(self, sample: tf.Tensor) -> None:
         for option, decision in zip(tf.unstack(sample), self.decisions):
             for choice in decision.choices:
                 choice.assign(option)
@@ -442,7 +475,9 @@ class SearchModel(keras.Model):
         formats = {d.name: d.options[i] for d, i in zip(self.decisions, chosen.tolist())}
         return costs.recipe_of(self.sites, formats)
 
-    def deploy(self, recipe: Recipe | None = None, calibration_data=None) -> keras.Model:
+    def deploy(
+        self, recipe: Recipe | None = None, calibration_data: tf.data.Dataset | Iterable[Any] | None = None
+    ) -> keras.Model:
         """A plain Keras model with fixed formats: no controller, no sampling.
 
         With the search's own recipe it computes what this model computes, to the bit. Another recipe changes what
@@ -470,7 +505,7 @@ class SearchModel(keras.Model):
 
     # ---- saving
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "network": keras.saving.serialize_keras_object(self.network),
@@ -480,7 +515,7 @@ class SearchModel(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> SearchModel:
         config = dict(config)
         config["controller"] = present_names(config.get("controller") or {})
         config["network"] = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
@@ -488,13 +523,13 @@ class SearchModel(keras.Model):
             config["profile"] = Profile(config["profile"])
         return cls(**config)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict[str, Any]:
         config = super().get_compile_config()
         if not config:
             return config
-        return {**config, **compile_config.to_config(self._compiled_for.given)}
+        return {**config, **compile_config.to_config(self._configuration.given)}
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
         if not compile_config.holds_all(config, self.name):
             return
         self.compile(**compile_config.from_config(keras.saving.deserialize_keras_object(config)))

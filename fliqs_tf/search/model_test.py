@@ -296,8 +296,16 @@ def test_fit_before_compile():
         fliqs_tf.wrap(convnet()).fit(IMAGES, LABELS)
 
 
+@pytest.mark.parametrize("what", ["cost", "cost_table"])
+def test_what_compile_says_is_not_known_before_it(what):
+    with pytest.raises(RuntimeError, match=r"Call compile\(optimizer, loss, target_cost=...\) first"):
+        getattr(fliqs_tf.wrap(convnet()), what)
+
+
 def test_fit_without_target():
     qmodel = compiled(target_cost=None)
+    with pytest.raises(ValueError, match=r"without target_cost; a search needs it, for example"):
+        qmodel.configure_controller(8)
     with pytest.raises(ValueError, match=r"without target_cost; fit needs it, for example"):
         qmodel.fit(IMAGES, LABELS)
 

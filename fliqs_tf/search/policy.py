@@ -111,14 +111,14 @@ def boltzmann(
     worth, rise, base = tf.transpose(worth), tf.transpose(gradient), tf.transpose(log_base)
     base = tf.where(mask.T, base, float("-inf"))
 
-    def logits_at(inverse_temperature, price):
+    def logits_at(inverse_temperature: tf.Tensor, price: tf.Tensor) -> tf.Tensor:
         return base + inverse_temperature * (worth - price * rise)
 
-    def too_cheap(price, ratio):
+    def too_cheap(price: tf.Tensor, ratio: tf.Tensor) -> tf.Tensor:
         return slope(ratio) > price * spread
 
-    def find_price(inverse_temperature):
-        def refine(i, low, high):
+    def find_price(inverse_temperature: tf.Tensor) -> tf.Tensor:
+        def refine(i: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, ...]:
             # A grid in place of halving: as many prices at once, a third of the passes.
             cell = (high - low) / (_GRID + 1)
             price = _price(low + cell * np.arange(1.0, _GRID + 1, dtype=np.float32))
@@ -132,7 +132,7 @@ def boltzmann(
         _, low, high = _repeat(_ROUNDS, refine, tf.constant(-_PRICE_RANGE), tf.constant(_PRICE_RANGE))
         return _price((low + high) / 2.0)
 
-    def halve(i, low, high, greatest):
+    def halve(i: tf.Tensor, low: tf.Tensor, high: tf.Tensor, greatest: tf.Tensor) -> tuple[tf.Tensor, ...]:
         # The first round is at the hottest, for the greatest entropy. (In the loop, it is compiled only once.)
         middle = tf.where(i == 0, low, (low + high) / 2.0)
         inverse_temperature = tf.exp(middle)
@@ -146,7 +146,7 @@ def boltzmann(
     _, low, high, _ = _repeat(1 + _HALVINGS, halve, hottest, coldest, tf.constant(0.0))
     inverse_temperature = tf.exp((low + high) / 2.0)
 
-    def exact(i, low, high):
+    def exact(i: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """The price once more, by the cost itself and not its gradient."""
         middle = (low + high) / 2.0
         price = _price(middle)
@@ -161,11 +161,11 @@ def boltzmann(
     return tf.where(mask, logits, 0.0)
 
 
-def _price(u):
+def _price(u: tf.Tensor) -> tf.Tensor:
     return 1e-3 * tf.sinh(u)
 
 
-def _repeat(times: int, body, *state):
+def _repeat(times: int, body: Callable[..., tuple[tf.Tensor, ...]], *state: tf.Tensor) -> tuple[tf.Tensor, ...]:
     return tf.while_loop(
         lambda i, *_: i < times, body, (tf.constant(0), *state), maximum_iterations=times, parallel_iterations=1
     )
@@ -201,13 +201,13 @@ def best_sample(
     rows = np.arange(len(mask))
     effects = np.where(mask, effects, -np.inf).astype(np.float64)
 
-    def ratios(samples):
+    def ratios(samples: np.ndarray) -> np.ndarray:
         return np.asarray(cost(np.asarray(samples, np.int32)), np.float64) / target
 
-    def total(samples):
+    def total(samples: np.ndarray) -> np.ndarray:
         return effects[rows, samples].sum(axis=-1)
 
-    def changed(sample, *moves):
+    def changed(sample: np.ndarray, *moves: np.ndarray) -> np.ndarray:
         samples = np.repeat(sample[None], len(moves[0]), axis=0)
         for move in moves:
             samples[np.arange(len(move)), decisions[move]] = options[move]
@@ -218,7 +218,7 @@ def best_sample(
         samples = np.stack(np.unravel_index(np.arange(sizes.prod()), sizes), axis=1)
         return samples[score(total(samples), ratios(samples)).argmax()].astype(np.int32)
 
-    def improve(sample):
+    def improve(sample: np.ndarray) -> tuple[float, np.ndarray]:
         everything = np.arange(len(decisions))
         quality, ratio = total(sample), ratios(sample[None])[0]
         now = score(quality[None], ratio[None])[0]
@@ -238,7 +238,7 @@ def best_sample(
             quality, ratio = total(sample), ratios(sample[None])[0]
         return now, sample
 
-    def _best_pairs(sample, keep=256):
+    def _best_pairs(sample: np.ndarray, keep: int = 256) -> np.ndarray:
         everything = np.arange(len(decisions))
         moving = everything[options != sample[decisions]]
         gain = (effects[decisions, options] - effects[decisions, sample[decisions]])[moving]

@@ -10,7 +10,8 @@ from fliqs_tf._keras import keras
 
 
 def quality_function(
-    quality, output_names: Sequence[str] = ("output",)
+    quality: str | keras.metrics.Metric | Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    output_names: Sequence[str] = ("output",),
 ) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
     """(loss, y_true, y_pred) -> scalar, larger is better. Under a distribution strategy: of a replica's share.
 
@@ -24,8 +25,7 @@ def quality_function(
     """
     if quality == "loss":
         return lambda loss, y, y_pred: -tf.cast(loss, tf.float32)
-    is_metric = isinstance(quality, keras.metrics.Metric)
-    if len(output_names) > 1 and (is_metric or quality == "accuracy"):
+    if len(output_names) > 1 and (isinstance(quality, keras.metrics.Metric) or quality == "accuracy"):
         raise ValueError(
             f"quality={getattr(quality, 'name', quality)!r} reads one output, but the model has "
             f"{len(output_names)}: {', '.join(output_names)}. Use quality='loss', or a function (y_true, y_pred) -> "
@@ -33,7 +33,7 @@ def quality_function(
         )
     if quality == "accuracy":
         return lambda loss, y, y_pred: accuracy(y, y_pred)
-    if is_metric:
+    if isinstance(quality, keras.metrics.Metric):
         own = type(quality).from_config(quality.get_config())
         return lambda loss, y, y_pred: _fresh_result(own, y, y_pred)
     if callable(quality):
@@ -60,7 +60,7 @@ def accuracy(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.cast(right, tf.float32))
 
 
-def _fresh_result(metric, y_true, y_pred) -> tf.Tensor:
+def _fresh_result(metric: keras.metrics.Metric, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     for variable in metric.variables:
         variable.assign(tf.zeros_like(variable))
     metric.update_state(y_true, y_pred)

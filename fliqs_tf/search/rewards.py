@@ -18,15 +18,45 @@ A plain function of (quality, cost_ratio) is a reward too: `get` takes its slope
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 # What beta=None counts as where a number is needed: printed rewards and REINFORCE. Our choice: one point of cost
 # (1 %) above the target weighs as much as one point of accuracy.
 HARD_BETA = -1.0
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What a search needs of a reward.
+
+    Attributes:
+      hard: True if the target must be held, not weighed against quality.
+    """
+
+    @property
+    def hard(self) -> bool: ...
+
+    def __call__(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor: ...
+
+    def slope(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
+        """Price of cost in units of quality, see the module."""
+        ...
+
+
+@runtime_checkable
+class HardReward(Reward, Protocol):
+    """A reward that may be hard, and says what then counts as holding the target."""
+
+    def violation(self, cost_ratio: np.ndarray, tolerance: float) -> np.ndarray:
+        """How far a cost is from what a hard target allows. Args: array [m]. Returns: array [m], 0 = allowed."""
+        ...
 
 
 def _check_beta(beta: float | None) -> None:
@@ -34,18 +64,18 @@ def _check_beta(beta: float | None) -> None:
         raise ValueError(f"beta must be negative, because cost lowers the reward; got {beta!r}. For example beta=-1.0.")
 
 
-def _where_above(quality, ratio, above, below) -> tf.Tensor:
+def _where_above(quality: tf.Tensor, ratio: tf.Tensor, above: tf.Tensor | float, below: tf.Tensor | float) -> tf.Tensor:
     """`above` where ratio > 1, `below` where it is less, 0 at 1; in the shape of both arguments together."""
     ratio = ratio + tf.zeros_like(quality)
     return tf.where(ratio > 1.0, above, tf.where(ratio < 1.0, below, 0.0))
 
 
-def _tensors(quality, ratio):
+def _tensors(quality: tf.Tensor | ArrayLike, ratio: tf.Tensor | ArrayLike) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.convert_to_tensor(quality, tf.float32), tf.convert_to_tensor(ratio, tf.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Additive:
+class _Additive(abc.ABC):
     """Quality, and a price for missing the target.
 
     Attributes:
@@ -56,7 +86,7 @@ class _Additive:
     beta: float | None = None
     needs_positive_quality: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_beta(self.beta)
 
     @property
@@ -66,11 +96,15 @@ class _Additive:
 
     @property
     def _price(self) -> float:
-        return float("inf") if self.hard else -self.beta
+        return float("inf") if self.beta is None else -self.beta
 
-    def __call__(self, quality, cost_ratio) -> tf.Tensor:
+    @abc.abstractmethod
+    def _miss(self, ratio: tf.Tensor) -> tf.Tensor:
+        """How far the target is missed."""
+
+    def __call__(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         quality, ratio = _tensors(quality, cost_ratio)
-        return quality + (HARD_BETA if self.hard else self.beta) * self._miss(ratio)
+        return quality + (HARD_BETA if self.beta is None else self.beta) * self._miss(ratio)
 
 
 class Absolute(_Additive):
@@ -80,14 +114,14 @@ class Absolute(_Additive):
     (0.5, 0.5)
     """
 
-    def _miss(self, ratio):
+    def _miss(self, ratio: tf.Tensor) -> tf.Tensor:
         return tf.abs(ratio - 1.0)
 
-    def slope(self, quality, cost_ratio) -> tf.Tensor:
+    def slope(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         """Price of cost in units of quality, see the module."""
         return _where_above(*_tensors(quality, cost_ratio), self._price, -self._price)
 
-    def violation(self, cost_ratio, tolerance: float):
+    def violation(self, cost_ratio: np.ndarray, tolerance: float) -> np.ndarray:
         """How far a cost is from what a hard target allows. Args: array [m]. Returns: array [m], 0 = allowed."""
         return (abs(cost_ratio - 1.0) - tolerance).clip(0.0)
 
@@ -99,14 +133,14 @@ class OneSided(_Additive):
     (0.75, 0.0)
     """
 
-    def _miss(self, ratio):
+    def _miss(self, ratio: tf.Tensor) -> tf.Tensor:
         return tf.maximum(ratio - 1.0, 0.0)
 
-    def slope(self, quality, cost_ratio) -> tf.Tensor:
+    def slope(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         """Price of cost in units of quality, see the module."""
         return _where_above(*_tensors(quality, cost_ratio), self._price, 0.0)
 
-    def violation(self, cost_ratio, tolerance: float):
+    def violation(self, cost_ratio: np.ndarray, tolerance: float) -> np.ndarray:
         """How far a cost is above the bound; there is no tolerance above a bound but rounding."""
         del tolerance
         return (cost_ratio - 1.0 - 1e-6).clip(0.0)
@@ -127,14 +161,14 @@ class SoftExponential:
     needs_positive_quality: ClassVar[bool] = True
     hard: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_beta(self.beta)
 
-    def __call__(self, quality, cost_ratio) -> tf.Tensor:
+    def __call__(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         quality, ratio = _tensors(quality, cost_ratio)
         return quality * ratio**self.beta
 
-    def slope(self, quality, cost_ratio) -> tf.Tensor:
+    def slope(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         """Price of cost in units of quality, see the module."""
         quality, ratio = _tensors(quality, cost_ratio)
         return -self.beta * quality / ratio
@@ -155,14 +189,14 @@ class HardExponential:
     needs_positive_quality: ClassVar[bool] = True
     hard: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_beta(self.beta)
 
-    def __call__(self, quality, cost_ratio) -> tf.Tensor:
+    def __call__(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         quality, ratio = _tensors(quality, cost_ratio)
         return quality * tf.minimum(ratio**self.beta, 1.0)
 
-    def slope(self, quality, cost_ratio) -> tf.Tensor:
+    def slope(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         """Price of cost in units of quality, see the module."""
         quality, ratio = _tensors(quality, cost_ratio)
         return _where_above(quality, ratio, -self.beta * quality / ratio, 0.0)
@@ -176,14 +210,14 @@ class Custom:
     0.5
     """
 
-    function: Callable
+    function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor | ArrayLike]
     needs_positive_quality: ClassVar[bool] = False
     hard: ClassVar[bool] = False
 
-    def __call__(self, quality, cost_ratio) -> tf.Tensor:
+    def __call__(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         return tf.convert_to_tensor(self.function(*_tensors(quality, cost_ratio)), tf.float32)
 
-    def slope(self, quality, cost_ratio) -> tf.Tensor:
+    def slope(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         """Price of cost in units of quality, by automatic differentiation; 0 where quality does not count."""
         quality, ratio = _tensors(quality, cost_ratio)
         # Both in one shape, so that the gradients are elementwise.
@@ -195,7 +229,7 @@ class Custom:
         return -tf.math.divide_no_nan(by_ratio, by_quality)
 
 
-NAMES = {
+NAMES: dict[str, type[Absolute | OneSided | SoftExponential | HardExponential]] = {
     "absolute": Absolute,
     "one_sided": OneSided,
     "soft_exponential": SoftExponential,
@@ -203,7 +237,9 @@ NAMES = {
 }
 
 
-def get(reward, beta: float | None = None):
+def get(
+    reward: str | Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor | ArrayLike], beta: float | None = None
+) -> Reward:
     """A reward from its name, or from a plain function.
 
     Args:
@@ -224,6 +260,11 @@ def get(reward, beta: float | None = None):
     if beta is not None:
         raise ValueError(f"beta is for a reward given by name, and the reward given is {reward!r}.")
     if hasattr(reward, "slope"):
+        if not isinstance(reward, Reward) or (reward.hard and not isinstance(reward, HardReward)):
+            raise ValueError(
+                f"A reward with a slope says in `hard` whether the target must be held, and if so has a method "
+                f"violation(cost_ratio, tolerance); {reward!r} does not. Or give a function of (quality, cost_ratio)."
+            )
         return reward
     if callable(reward):
         return Custom(reward)

@@ -82,6 +82,29 @@ def test_beta_must_be_negative(beta):
             cls(beta)
 
 
+class Sloped:
+    """A reward of one's own."""
+
+    def __call__(self, quality, cost_ratio):
+        return quality - cost_ratio
+
+    def slope(self, quality, cost_ratio):
+        return tf.ones_like(cost_ratio)
+
+
+def test_a_reward_with_a_slope_says_whether_it_is_hard():
+    reward = Sloped()
+    with pytest.raises(ValueError, match=r"says in `hard` whether the target must be held.*a function of"):
+        rewards.get(reward)
+    reward.hard = True
+    with pytest.raises(ValueError, match=r"has a method violation\(cost_ratio, tolerance\)"):
+        rewards.get(reward)
+    reward.violation = rewards.OneSided().violation
+    assert rewards.get(reward) is reward
+    reward.hard, reward.violation = False, None
+    assert rewards.get(reward) is reward
+
+
 def test_unknown_reward():
     with pytest.raises(ValueError, match="Unknown reward 'abs'; known: absolute, one_sided"):
         rewards.get("abs")

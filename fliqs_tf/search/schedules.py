@@ -27,7 +27,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def fraction(name: str, step, total_steps, warmup_steps=0) -> tf.Tensor:
+def fraction(
+    name: str, step: tf.Tensor | float, total_steps: tf.Tensor | float, warmup_steps: tf.Tensor | float = 0
+) -> tf.Tensor:
     """Height of a schedule as a share of its maximum.
 
     With t = (step - warmup_steps) / (total_steps - warmup_steps), held in [0, 1]:
@@ -81,10 +83,10 @@ class Entropy:
     warmup_steps: int = 0
     beta_max: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_name(self.name)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: tf.Tensor | float) -> tf.Tensor:
         return self.beta_max * fraction(self.name, step, self.total_steps, self.warmup_steps)
 
 
@@ -104,5 +106,5 @@ class Growing:
     warmup_steps: int = 0
     factor: float = 10.0
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: tf.Tensor | float) -> tf.Tensor:
         return self.rate * self.factor ** fraction("linear", step, self.total_steps, self.warmup_steps)
