@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 from fliqs_tf.io import files
 from fliqs_tf.quantize.recipe import Recipe
@@ -59,7 +60,7 @@ def aeq_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
     files.write_json(path, entries)
 
 
-def _entry(layer: str, bits: int, has_integer_inputs: bool) -> dict:
+def _entry(layer: str, bits: int, has_integer_inputs: bool) -> dict[str, Any]:
     config = {
         "weight_tensor_config": {"num_bits": bits, "symmetric": True, "granularity": "CHANNELWISE", "dtype": "INT"},
         "compute_precision": "INTEGER" if has_integer_inputs else "FLOAT",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf._keras import check_model
+from fliqs_tf._keras import check_model, keras
 from fliqs_tf.io import batches
 
 KERNELS = ("XNNPACK", "built-in")
@@ -47,7 +49,7 @@ class Agreement:
 
     def __str__(self) -> str:
         accuracy = ""
-        if self.accuracy is not None:
+        if self.accuracy is not None and self.accuracy_keras is not None:
             accuracy = f", accuracy {100 * self.accuracy:.2f} % (Keras {100 * self.accuracy_keras:.2f} %)"
         return (
             f"{self.output} ({self.kernels}): {100 * self.equal:.2f} % of values equal, 99.9 % of them at most "
@@ -60,7 +62,7 @@ class Agreement:
         return self.most <= steps + 0.01 and self.top1 >= top1  # the comparison itself is in float32
 
 
-def check(final, path: str | os.PathLike, data) -> list[Agreement]:
+def check(final: keras.Model, path: str | os.PathLike, data: tf.data.Dataset | Iterable[Any]) -> list[Agreement]:
     """Runs a file and the Keras model that it was made from on the same inputs.
 
     Args:
@@ -80,13 +82,17 @@ def check(final, path: str | os.PathLike, data) -> list[Agreement]:
     return check_all([final], path, data)[0]
 
 
-def check_all(models: list, path: str | os.PathLike, data) -> list[list[Agreement]]:
+def check_all(
+    models: list[keras.Model], path: str | os.PathLike, data: tf.data.Dataset | Iterable[Any]
+) -> list[list[Agreement]]:
     """`check` of several Keras models against one file, which runs once for all of them."""
     programs = {kernels: Program(path, kernels, os.cpu_count() or 1) for kernels in KERNELS}
     for model in models:
         check_model(model)
         programs[KERNELS[0]].check_fits(model)
-    expected, labels, got = [[] for _ in models], [], {kernels: [] for kernels in KERNELS}
+    expected: list[list[list[np.ndarray]]] = [[] for _ in models]  # of each model, batch and output
+    got: dict[str, list[list[np.ndarray]]] = {kernels: [] for kernels in KERNELS}
+    labels: list[np.ndarray] = []
     for x, y, _ in batches.read(data, models[0], "data").in_order(_BATCH):
         for model, outputs in zip(models, expected):
             outputs.append([np.asarray(output) for output in tf.nest.flatten(model(x, training=False))])
@@ -113,7 +119,9 @@ def _joined(batches: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [np.concatenate(parts) for parts in zip(*batches)]
 
 
-def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
+def _agreement(
+    name: str, kernels: str, step: float | None, values: np.ndarray, reference: np.ndarray, labels: np.ndarray | None
+) -> Agreement:
     if step is None:
         step = float(np.abs(reference).max()) / _STEPS or 1.0
         apart = np.abs(values - reference) / step
@@ -124,7 +132,7 @@ def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
         apart = np.abs(codes - wanted)
         equal = np.mean(apart == 0)
     guesses, reference_guesses = (v.reshape(len(v), -1).argmax(-1) for v in (values, reference))
-    has_labels = labels is not None and labels.shape[1] == 1
+    classes = labels[:, 0] if labels is not None and labels.shape[1] == 1 else None
     return Agreement(
         name,
         kernels,
@@ -133,13 +141,13 @@ def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
         float(np.quantile(apart, 0.999, method="higher")),
         float(equal),
         float(np.mean(guesses == reference_guesses)),
-        float(np.mean(guesses == labels[:, 0])) if has_labels else None,
-        float(np.mean(reference_guesses == labels[:, 0])) if has_labels else None,
+        None if classes is None else float(np.mean(guesses == classes)),
+        None if classes is None else float(np.mean(reference_guesses == classes)),
         len(values),
     )
 
 
-def _in_order(x, model) -> list:
+def _in_order(x: Any, model: keras.Model) -> list[Any]:
     """One array per input, in the order of the model's inputs, which that of a dict need not be."""
     names = [tensor.name.partition(":")[0] for tensor in tf.nest.flatten(model.inputs)]
     return [x[name] for name in names] if isinstance(x, dict) and set(names) <= set(x) else tf.nest.flatten(x)
@@ -181,7 +189,7 @@ class Program:
         """Names of the outputs, in the model's order."""
         return [detail["name"] for detail in self._interpreter.get_output_details()]
 
-    def check_fits(self, model) -> None:
+    def check_fits(self, model: keras.Model) -> None:
         """Raises unless the model has these inputs and outputs."""
         for what, details, tensors in (
             ("inputs", self._interpreter.get_input_details(), tf.nest.flatten(model.inputs)),

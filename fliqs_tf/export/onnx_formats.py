@@ -20,14 +20,21 @@ the middle between two codes, by one step of an input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 
 from fliqs_tf.export import deployed, targets
 from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
+from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.numerics.formats import Format
 
+Weight: TypeAlias = deployed.QuantizedWeight | np.ndarray
+"""A weight, quantized or in float32."""
 
-def quantized_input(builder: OnnxBuilder, x: Value, quantizer) -> Value:
+
+def quantized_input(builder: OnnxBuilder, x: Value, quantizer: ActivationQuantizer) -> Value:
     """A value as a quantizer of one fixed format rounds it.
 
     Raises:
@@ -39,25 +46,25 @@ def quantized_input(builder: OnnxBuilder, x: Value, quantizer) -> Value:
         raise ValueError(
             f"Layer {builder.path!r} has its input in {fmt}, which ONNX has no type for; fliqs_tf.export.packed has."
         )
-    if storage == "FP32":
-        return x
-    if storage == "BF16":
+    try:
+        scale = deployed.input_scale(quantizer)
+    except ValueError as error:
+        raise ValueError(f"Layer {builder.path!r} cannot be written: {error}.") from None
+    if scale is None:  # a cast
+        if storage == "FP32":
+            return x
         proto = import_onnx().TensorProto
         return builder.each(
             [x],
             lambda name: builder.node("Cast", [builder.node("Cast", [name], to=proto.BFLOAT16)], to=proto.FLOAT),
             x.is_nonnegative,
         )
-    try:
-        scale = deployed.input_scale(quantizer)
-    except ValueError as error:
-        raise ValueError(f"Layer {builder.path!r} cannot be written: {error}.") from None
     scale_name = builder.constant(scale, "input.scale")
     # Not by a zero point of that type, which is 0 anyway: onnxruntime 1.31 then breaks its own graph where a Transpose
     # follows.
     kind = builder.kind(storage)
 
-    def make(name):
+    def make(name: str) -> str:
         if _needs_clip(fmt, storage, x):
             bound = np.float32(fmt.max) * scale
             name = builder.node("Clip", [name, builder.constant(-bound, "least"), builder.constant(bound, "most")])
@@ -72,7 +79,9 @@ def _needs_clip(fmt: Format, storage: str, x: Value) -> bool:
     return fmt.is_integer and (fmt.name != storage or not x.is_nonnegative)
 
 
-def float_weight(builder: OnnxBuilder, weight, what: str, move=lambda k: k) -> str:
+def float_weight(
+    builder: OnnxBuilder, weight: Weight, what: str, move: Callable[[np.ndarray], np.ndarray] = lambda k: k
+) -> str:
     """A weight as a float32 tensor of the graph, `move` taking it to ONNX's order of axes.
 
     Raises:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fliqs_tf.export import targets
 from fliqs_tf.numerics import encoding
@@ -15,7 +18,7 @@ _OPSET, _OPSET_OF_E2M1 = 21, 23
 _IR_VERSION = {21: 10, 23: 11}
 
 
-def import_onnx():
+def import_onnx() -> types.ModuleType:
     """The package onnx, loaded when it is first needed."""
     try:
         import onnx
@@ -27,19 +30,27 @@ def import_onnx():
 
 @dataclasses.dataclass
 class Value:
-    """A tensor: its names with channels last, as in Keras, and first, as in ONNX; the other is made when needed."""
+    """A tensor, which has a name in each layout that it is in.
+
+    Attributes:
+      rank: Number of axes, that of examples among them.
+      last, first: Its names with channels last, as in Keras, and first, as in ONNX; "" until that layout is needed.
+      is_nonnegative: True if no value is below 0.
+    """
 
     rank: int
-    last: str | None = None
-    first: str | None = None
+    last: str = ""
+    first: str = ""
     is_nonnegative: bool = False
 
 
 class OnnxBuilder:
     """Nodes and constants of the file, and where we are: the path of the layer."""
 
-    def __init__(self):
-        self.nodes, self.constants, self.path = [], {}, ""
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []  # NodeProto
+        self.constants: dict[str, Any] = {}  # TensorProto
+        self.path = ""
         self.opset = _OPSET
         self._names: set[str] = set()
 
@@ -56,12 +67,12 @@ class OnnxBuilder:
         self._names.add(name)
         return name
 
-    def node(self, operation: str, inputs, **attributes) -> str:
+    def node(self, operation: str, inputs: Iterable[str], **attributes: Any) -> str:
         name = self.name(f"{self.path}/{operation}")
         self.nodes.append(import_onnx().helper.make_node(operation, list(inputs), [name], name=name, **attributes))
         return name
 
-    def constant(self, array, what: str = "constant") -> str:
+    def constant(self, array: ArrayLike, what: str = "constant") -> str:
         name = self.name(f"{self.path}/{what}")
         self.constants[name] = import_onnx().numpy_helper.from_array(np.asarray(array), name)
         return name
@@ -84,31 +95,37 @@ class OnnxBuilder:
     # ---- layouts
 
     def last(self, value: Value) -> str:
-        if value.last is None:
+        if not value.last:
             value.last = self.node("Transpose", [value.first], perm=[0, *range(2, value.rank), 1])
         return value.last
 
     def first(self, value: Value) -> str:
         if value.rank < 3:
             return self.last(value)
-        if value.first is None:
+        if not value.first:
             value.first = self.node("Transpose", [value.last], perm=[0, value.rank - 1, *range(1, value.rank - 1)])
         return value.first
 
     def each(self, values: list[Value], make: Callable[..., str], is_nonnegative: bool = False) -> Value:
         """An elementwise operation, in the layout that the values have."""
         rank = max(v.rank for v in values)
-        moved = rank > 2 and all(v.rank == rank and v.first is not None for v in values)
+        moved = rank > 2 and all(v.rank == rank and v.first for v in values)
         name = make(*(self.first(v) if moved else self.last(v) for v in values))
-        return Value(rank, **{"first" if moved else "last": name}, is_nonnegative=is_nonnegative)
+        if moved:
+            return Value(rank, first=name, is_nonnegative=is_nonnegative)
+        return Value(rank, last=name, is_nonnegative=is_nonnegative)
 
-    def moved(self, value: Value, operation: str, inputs=(), rank: int | None = None, **attributes) -> Value:
+    def moved(
+        self, value: Value, operation: str, inputs: Iterable[str] = (), rank: int | None = None, **attributes: Any
+    ) -> Value:
         """An operation that ONNX defines for channels first."""
         name = self.node(operation, [self.first(value), *inputs], **attributes)
         rank = rank or value.rank
-        return Value(rank, **{"first" if rank > 2 else "last": name})
+        return Value(rank, first=name) if rank > 2 else Value(rank, last=name)
 
-    def plain(self, value: Value, operation: str, inputs=(), rank: int | None = None, **attributes) -> Value:
+    def plain(
+        self, value: Value, operation: str, inputs: Iterable[str] = (), rank: int | None = None, **attributes: Any
+    ) -> Value:
         """An operation on the tensor as Keras has it."""
         name = self.node(operation, [self.last(value), *inputs], **attributes)
         return Value(rank or value.rank, last=name)

@@ -109,7 +109,7 @@ def test_a_convolution_has_channels_first():
     found, attributes, result, graph = converted(layer, given(), weights=kernel(3, 3, 4, 2))
     assert found == ["Transpose", "Conv"]
     assert attributes == {"auto_pad": b"SAME_UPPER", "dilations": [1, 1], "group": 1, "strides": [2, 2]}
-    assert result.first is not None and result.last is None
+    assert result.first and not result.last
     stored = constant(graph, "conv/kernel")
     assert stored.shape == (2, 4, 3, 3)
     assert stored[1, 2, 0, 1] == kernel(3, 3, 4, 2)["kernel"][0, 1, 2, 1]

@@ -61,7 +61,7 @@ class ActivationScale:
     def scale(self) -> np.float32:
         """amax / largest, as the rounding function computes it."""
         # A tensor that is always 0 has no range; LiteRT wants 6 / scale to be an int32.
-        return np.maximum(deployed.scale_of(self.amax, self.format), np.float32(2.0**-27))[()]
+        return np.float32(np.maximum(deployed.scale_of(self.amax, self.format), 2.0**-27))
 
     @property
     def spread(self) -> int:
@@ -93,6 +93,17 @@ class Linear:
     scale: np.ndarray
     values: np.ndarray
     bias: np.ndarray
+
+    @property
+    def integer_codes(self) -> np.ndarray:
+        """`codes`, where there must be some.
+
+        Raises:
+          ValueError: The weights are of a float format.
+        """
+        if self.codes is None:
+            raise ValueError(f"Weights in {self.format} have no integer codes.")
+        return self.codes
 
     def then(self, gain: np.ndarray, offset: np.ndarray) -> Linear:
         """The same followed by gain * y + offset, per channel."""

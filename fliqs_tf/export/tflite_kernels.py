@@ -11,7 +11,9 @@ _LARGEST = 127
 _LARGEST_BIAS = 2**30
 
 
-def with_int32_biases(path: str, linear: Linear, source_scale: float, target_scale: float):
+def with_int32_biases(
+    path: str, linear: Linear, source_scale: float, target_scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scale, codes, bias as int32) with scales and biases that kernels can take.
 
     Biases are multiples of (input scale * weight scale). Where batch normalization has nearly switched off a channel
@@ -29,7 +31,7 @@ def with_int32_biases(path: str, linear: Linear, source_scale: float, target_sca
             f"Layer {path!r}: channel {channel} has the bias {linear.bias[channel]:.3g} and weights in steps of "
             f"{linear.scale[channel]:.3g}, with batch normalization behind it. Train the model until they are finite."
         )
-    codes, scale = linear.codes.copy(), linear.scale.copy()
+    codes, scale = linear.integer_codes.copy(), linear.scale.copy()
     reach = np.abs(codes.astype(np.int64)).sum(axis=tuple(range(codes.ndim - 1))) * _LARGEST
     dead = reach * source_scale * scale < 1e-3 * target_scale
     codes[..., dead] = 0
