@@ -16,7 +16,7 @@ from fliqs_tf.io import batches
 
 KERNELS = ("XNNPACK", "built-in")
 _BATCH = 32  # examples of arrays that are computed at a time
-_STEPS = 127  # of a float output: a 127th of its largest magnitude counts as a step
+_STEPS = 127  # a float output has no codes: a 127th of its largest magnitude counts as a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Agreement:
     Attributes:
       output: Name of the output.
       kernels: "XNNPACK" (LiteRT's default) or "built-in".
-      step: What one code of the int8 tensor behind the output is worth.
+      step: What one code of the int8 tensor in front of the output is worth.
       largest: Largest difference, in steps.
-      most: 999 of 1,000 values differ by no more than this, in steps. Where a float32 sum of Keras ends beside the
-        middle between two codes of an INT4 layer, the two may take different ones: 18 INT8 steps, once in many values.
+      most: 999 of 1,000 values differ by no more than this, in steps. Where a float32 sum in Keras lands next to the
+        midpoint between two codes of an INT4 layer, file and model may take different codes: rarely, but then the
+        values are up to 18 INT8 steps apart.
       equal: Share of values that round to the same code.
       top1: Share of examples with the same largest entry.
       accuracy, accuracy_keras: Of the file and of the Keras model; None without labels.
@@ -75,9 +76,10 @@ def check(final: keras.Model, path: str | os.PathLike, data: tf.data.Dataset | I
       One `Agreement` per output and per set of kernels.
 
     Raises:
-      TypeError: The data are something else.
-      ValueError: The file is damaged, or does not fit the model; or the data do not.
-      FileNotFoundError: It is not there.
+      TypeError: The data are none of these.
+      ValueError: The file is damaged, or the file or the data do not fit the model.
+      FileNotFoundError: There is no such file.
+      ImportError: ai-edge-litert is not installed.
     """
     return check_all([final], path, data)[0]
 
@@ -85,7 +87,14 @@ def check(final: keras.Model, path: str | os.PathLike, data: tf.data.Dataset | I
 def check_all(
     models: list[keras.Model], path: str | os.PathLike, data: tf.data.Dataset | Iterable[Any]
 ) -> list[list[Agreement]]:
-    """`check` of several Keras models against one file, which runs once for all of them."""
+    """`check` of several Keras models against one file, which runs once for all of them.
+
+    Returns:
+      For each model what `check` returns.
+
+    Raises:
+      TypeError, ValueError, FileNotFoundError, ImportError: As for `check`.
+    """
     programs = {kernels: Program(path, kernels, os.cpu_count() or 1) for kernels in KERNELS}
     for model in models:
         check_model(model)
@@ -100,7 +109,7 @@ def check_all(
         for kernels, program in programs.items():
             got[kernels].append(program([np.asarray(part) for part in _in_order(x, models[0])]))
     if not expected[0]:
-        raise ValueError("data has no batch to compare on.")
+        raise ValueError("data has no batch to compare.")
     truth = np.concatenate(labels) if labels else None
     return [
         [
@@ -127,7 +136,7 @@ def _agreement(
         apart = np.abs(values - reference) / step
         equal = np.mean(apart < 0.5)
     else:
-        # The Keras model's output is rounded to the codes of the file (it is on them already if trained for them).
+        # The Keras output is rounded to the codes of the file (where it already lies if it was trained for them).
         codes, wanted = (np.clip(np.rint(v / step), -128, 127) for v in (values, reference))
         apart = np.abs(codes - wanted)
         equal = np.mean(apart == 0)
@@ -159,11 +168,12 @@ class Program:
     Args:
       path: The file.
       kernels: "XNNPACK" or "built-in".
-      threads: As many as it may use.
+      threads: How many it may use.
 
     Raises:
       ValueError: The file is damaged.
-      FileNotFoundError: It is not there.
+      FileNotFoundError: There is no such file.
+      ImportError: ai-edge-litert is not installed.
     """
 
     def __init__(self, path: str | os.PathLike, kernels: str = KERNELS[0], threads: int = 1):
@@ -172,7 +182,7 @@ class Program:
         path = pathlib.Path(path)
         content = path.read_bytes()
         if content[4:8] != b"TFL3" or not _is_whole(content):
-            raise ValueError(f"{path} is no .tflite file, or is damaged: write it again.")
+            raise ValueError(f"{path} is not a .tflite file, or it is damaged: export it again.")
         resolvers = interpreter.OpResolverType
         resolver = resolvers.AUTO if kernels == KERNELS[0] else resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         try:
@@ -190,7 +200,11 @@ class Program:
         return [detail["name"] for detail in self._interpreter.get_output_details()]
 
     def check_fits(self, model: keras.Model) -> None:
-        """Raises unless the model has these inputs and outputs."""
+        """Raises unless a model has inputs and outputs of the file's shapes.
+
+        Raises:
+          ValueError: Gives the shapes of both.
+        """
         for what, details, tensors in (
             ("inputs", self._interpreter.get_input_details(), tf.nest.flatten(model.inputs)),
             ("outputs", self._interpreter.get_output_details(), tf.nest.flatten(model.outputs)),
@@ -204,7 +218,7 @@ class Program:
                 )
 
     def steps(self) -> list[float | None]:
-        """Per output: the scale of the int8 tensor that it comes from; None if it was computed in float."""
+        """Per output: the scale of the int8 tensor that it is dequantized from; None if it is computed in float."""
         names = self.output_names
         scales = {}
         for operation in self._interpreter._get_ops_details():
@@ -214,7 +228,7 @@ class Program:
         return [scales.get(d["index"]) for d, _ in zip(self._interpreter.get_output_details(), names)]
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Outputs of a batch."""
+        """Runs a batch. Args: an array [batch, ...] per input. Returns: an array [batch, ...] per output."""
         details = self._interpreter.get_input_details()
         if [tuple(d["shape"]) for d in details] != [x.shape for x in inputs]:
             for detail, x in zip(details, inputs):
@@ -226,12 +240,12 @@ class Program:
         return [self._interpreter.get_tensor(d["index"]) for d in self._interpreter.get_output_details()]
 
     def invoke(self) -> None:
-        """Runs once more on the same inputs: for timing."""
+        """Runs again on the same inputs, for timing."""
         self._interpreter.invoke()
 
 
 def _fit(shapes: list[tuple], wanted: list[tuple]) -> bool:
-    """True if shapes are those that are wanted; None is a size that Keras leaves open."""
+    """True if the shapes are the wanted ones, in which None is a size that Keras leaves open."""
     return list(map(len, shapes)) == list(map(len, wanted)) and all(
         n == m or m is None for shape, sizes in zip(shapes, wanted) for n, m in zip(shape, sizes)
     )

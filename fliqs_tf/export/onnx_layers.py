@@ -1,4 +1,4 @@
-"""Layers of Keras as nodes of ONNX: one function for each kind, and the table of them."""
+"""Keras layers as ONNX nodes: one function per kind of layer, and the table of them."""
 
 from __future__ import annotations
 
@@ -53,8 +53,16 @@ _NONNEGATIVE = ("relu", "relu6", "sigmoid", "hard_sigmoid", "softplus", "exponen
 def activation(builder: OnnxBuilder, function: Callable, x: Value) -> Value:
     """A value after an activation function of Keras.
 
+    Args:
+      builder: The file under construction; `builder.path` is the layer, for names and errors.
+      function: `layer.activation`.
+      x: The value before it.
+
+    Returns:
+      The value after it; `x` itself for "linear".
+
     Raises:
-      ValueError: A function without an ONNX form; names the layer and those that have one.
+      ValueError: The exporter does not support the function; names the layer, and the functions that it supports.
     """
     name = copies.function_name(function)
     if name == "linear":
@@ -66,7 +74,7 @@ def activation(builder: OnnxBuilder, function: Callable, x: Value) -> Value:
         )
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"Layer {builder.path!r} has the activation {name!r}, which has no ONNX form here. Known: "
+            f"Layer {builder.path!r} has the activation {name!r}, which the ONNX exporter does not support. Supported: "
             f"{', '.join(sorted([*_ACTIVATIONS, 'linear', 'softmax', 'log_softmax']))}."
         )
     return builder.each([x], lambda tensor: _ACTIVATIONS[name](builder, tensor), name in _NONNEGATIVE)
@@ -75,7 +83,9 @@ def activation(builder: OnnxBuilder, function: Callable, x: Value) -> Value:
 def _relu(builder: OnnxBuilder, layer: keras.layers.ReLU, x: Value) -> Value:
     most, slope, threshold = layer.max_value, float(layer.negative_slope), float(layer.threshold)
     if threshold:
-        raise ValueError(f"Layer {builder.path!r} is a ReLU with a threshold, which has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} is a ReLU with a threshold, which the ONNX exporter does not support."
+        )
 
     def make(name: str) -> str:
         if slope:
@@ -160,11 +170,11 @@ def _conv_transpose(
     builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None
 ) -> Value:
     if layer.output_padding is not None or _per_axis(layer.dilation_rate, 2) != [1, 1]:
-        raise ValueError(f"Layer {builder.path!r} has output_padding or dilation, which has no ONNX form here.")
+        raise ValueError(f"Layer {builder.path!r} has output_padding or dilation, unsupported by the ONNX exporter.")
     (kernel,) = weights.values()
     inputs = [float_weight(builder, kernel, "kernel", lambda k: k.transpose(3, 2, 0, 1)), *_bias(builder, layer)]
     strides = _per_axis(layer.strides, 2)
-    # The output is as large as the input of the convolution that it is the gradient of.
+    # A transposed convolution is the gradient of a convolution: its output is as large as that one's input.
     over = [k - s for k, s in zip(layer.kernel_size, strides)]
     before = [max(o, 0) // 2 if layer.padding == "same" else 0 for o in over]
     after = [max(o, 0) - b if layer.padding == "same" else 0 for o, b in zip(over, before)]
@@ -174,7 +184,7 @@ def _conv_transpose(
 
 
 def _dense(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None) -> Value:
-    # Not MatMul, and not Gemm of the kernel as it is: onnxruntime makes MatMulNBits of them, which by default rounds
+    # Neither MatMul nor Gemm with the kernel as it is: onnxruntime turns both into MatMulNBits, which by default rounds
     # the inputs of INT4 weights to eight bits.
     if x.rank == 2:
         kernel = float_weight(builder, weights["kernel"], "kernel", np.transpose)
@@ -200,13 +210,13 @@ def _product(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, kernel: 
     return Value(result.rank, last=builder.node("Add", [name, builder.constant(np.asarray(bias), "bias")]))
 
 
-# ---- layers without: (builder, layer, *inputs) -> value
+# ---- layers without kernels: (builder, layer, *inputs) -> value
 
 
 def _norm(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
     if axis not in (-1, x.rank - 1):
-        raise ValueError(f"Layer {builder.path!r} normalizes axis {axis}; ONNX files take the last.")
+        raise ValueError(f"Layer {builder.path!r} normalizes axis {axis}; the ONNX exporter supports only the last.")
     mean, variance = np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones_like(mean)
     beta = np.asarray(layer.beta) if layer.center else np.zeros_like(mean)
@@ -218,10 +228,14 @@ def _norm(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
 def _layer_norm(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) and len(layer.axis) == 1 else layer.axis
     if axis not in (-1, x.rank - 1) or getattr(layer, "rms_scaling", False):
-        raise ValueError(f"Layer {builder.path!r} does not normalize the last axis only; it has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} is no plain normalization of its last axis; the ONNX exporter supports no other."
+        )
     size = int((layer.gamma if layer.scale else layer.beta).shape[0]) if layer.scale or layer.center else None
     if size is None:
-        raise ValueError(f"Layer {builder.path!r} has neither scale nor center; it has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} has neither scale nor center, which the ONNX exporter does not support."
+        )
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones(size, np.float32)
     inputs = [builder.constant(gamma, "gamma")]
     if layer.center:
@@ -230,9 +244,9 @@ def _layer_norm(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Va
 
 
 def _of_one_rank(builder: OnnxBuilder, layer: keras.layers.Layer, inputs: Sequence[Value]) -> list[Value]:
-    """The inputs of a merging layer; those of a lower rank get axes behind that of examples, where Keras has them.
+    """The inputs of a merging layer, all of one rank: Keras puts missing axes right after the batch axis.
 
-    Operators between tensors align their axes at the end, as ONNX does.
+    Operators between tensors, such as x + y, need nothing: they align axes at the end, as ONNX does.
     """
     rank = max(x.rank for x in inputs)
     if not isinstance(layer, _LAYERS.Layer):
@@ -338,7 +352,9 @@ def _cropping(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Valu
 
 def _up_sampling(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     if layer.interpolation != "nearest":
-        raise ValueError(f"Layer {builder.path!r} interpolates {layer.interpolation!r}; ONNX files take 'nearest'.")
+        raise ValueError(
+            f"Layer {builder.path!r} interpolates {layer.interpolation!r}; the ONNX exporter supports only 'nearest'."
+        )
     scales = builder.constant(np.array([1, 1, *layer.size], np.float32))
     made = builder.moved(
         x, "Resize", ["", scales], mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
@@ -363,11 +379,13 @@ def _prelu(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
 
 def _softmax(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     if not isinstance(layer.axis, int):
-        raise ValueError(f"Layer {builder.path!r} is a softmax over several axes, which has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} is a softmax over several axes, which the ONNX exporter does not support."
+        )
     return dataclasses.replace(builder.plain(x, "Softmax", axis=layer.axis), is_nonnegative=True)
 
 
-# Operators between tensors, which Keras 3 has in place of layers, by the name of their class.
+# Operators between tensors (x + y), which Keras 3 records in place of layers, by the name of their class.
 FUNCTIONS = {
     "Add": _merge("Add"),
     "Subtract": _merge("Sub", keeps_sign=False),

@@ -61,10 +61,10 @@ def test_activations(name, operations, is_nonnegative):
     assert result.is_nonnegative == is_nonnegative
 
 
-def test_an_activation_that_has_no_form_names_those_that_have():
+def test_an_activation_that_is_not_supported_names_those_that_are():
     graph = onnx_graph.OnnxBuilder()
     graph.path = "fc"
-    with pytest.raises(ValueError, match="Layer 'fc' has the activation '<lambda>', .* Known: elu, .*tanh"):
+    with pytest.raises(ValueError, match="Layer 'fc' has the activation '<lambda>', .* Supported: elu, .*tanh"):
         onnx_layers.activation(graph, lambda x: x, given(2))
 
 

@@ -1,4 +1,4 @@
-"""A `.tflite` file as tensors and operations: what LiteRT reads, and no more than this package writes.
+"""A `.tflite` file as tensors and operations: only what this package writes of the format.
 
     graph = TfliteFile()
     x = graph.tensor("x", (1, 8), np.float32)
@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 from fliqs_tf.numerics import encoding
 
 # Operation -> the lowest version of it that has int8 (and, where it matters here, int4) kernels, and the name of its
-# options. Source: tensorflow/compiler/mlir/lite/tools/versioning/op_version.cc. Float forms run under these as well.
+# options. Source: tensorflow/compiler/mlir/lite/tools/versioning/op_version.cc. These versions run float kernels too.
 _OPERATIONS = {
     "ADD": (2, "AddOptions"),
     "AVERAGE_POOL_2D": (2, "Pool2DOptions"),
@@ -61,8 +61,8 @@ class QuantizationParameters:
 
     Attributes:
       scale: A number, or one per channel.
-      zero_point: Of all channels.
-      axis: That of the channels, if there are several scales.
+      zero_point: The code of 0, in all channels.
+      axis: The axis of the channels, if there are several scales.
     """
 
     scale: float | np.ndarray
@@ -104,11 +104,11 @@ class TfliteFile:
         """Adds a tensor.
 
         Args:
-          name: For people; made unique.
-          shape: Of an example batch; -1 or None in front for an open batch size.
-          dtype: numpy type, or "int4" (data: codes of -7..7).
-          parameters: Meaning of the codes.
-          data: Values of a constant.
+          name: A name for people to read; made unique.
+          shape: Shape with the batch axis; -1 or None in front leaves the batch size open.
+          dtype: A NumPy dtype, or "int4" (data: codes in -7..7).
+          parameters: What its codes mean; None for float32.
+          data: Values of a constant; None for a tensor that is computed.
 
         Returns:
           Its index.
@@ -122,15 +122,24 @@ class TfliteFile:
         return len(self.tensors) - 1
 
     def operation(self, name: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
-        """Adds an operation; `options` are the fields of its options in the schema, constants by number."""
+        """Adds an operation.
+
+        Args:
+          name: Its name in the schema, one of those in `_OPERATIONS`.
+          inputs, outputs: Tensors, by index.
+          **options: Fields of its options in the schema, enumerations by number.
+        """
         self.operations.append(_Operation(name, list(inputs), list(outputs), options))
 
     def to_bytes(self, inputs: Sequence[int], outputs: Sequence[int], description: str) -> bytes:
-        """The file.
+        """The content of the file.
 
         Args:
-          inputs, outputs: Tensors that the caller of the network sets and reads.
-          description: One line about the file, kept in it.
+          inputs, outputs: The tensors that a caller sets and reads.
+          description: One line about the file, which it holds.
+
+        Raises:
+          AttributeError: An operation was given an option that the schema does not have.
         """
         import flatbuffers
         from ai_edge_litert import schema_py_generated as schema
@@ -167,7 +176,7 @@ class TfliteFile:
         return bytes(builder.Output())
 
     def _signature(self, schema: types.ModuleType, inputs: Sequence[int], outputs: Sequence[int]) -> Any:
-        """The names by which `get_signature_runner` takes inputs and gives outputs: those of the tensors."""
+        """The names that `get_signature_runner` knows inputs and outputs by: those of the tensors."""
         signature = schema.SignatureDefT()
         signature.signatureKey, signature.subgraphIndex = "serving_default", 0
         signature.inputs, signature.outputs = (self._named(schema, tensors) for tensors in (inputs, outputs))

@@ -59,7 +59,7 @@ class LayerQuantization:
     activation_decision: str
 
     def arguments(self) -> dict[str, Any]:
-        """Of `Quantized`, without the layer."""
+        """Arguments of `Quantized`, without the layer."""
         inputs = None if self.input_space is None else list(self.input_space.names)
         values = (list(self.space.names), inputs, self.weight_decision, self.activation_decision)
         return dict(zip(composite.ARGUMENTS, values))
@@ -77,9 +77,9 @@ def layer_quantizations(
 
     Args:
       paths: The layers that can be quantized.
-      annotations: Layer path -> `QuantizeConfig` or None, of a model annotated with TensorFlow Model Optimization: only
-        these layers are quantized, and what a config says of its layer has the last word. {}: all are.
-      spaces: Of weights and of inputs.
+      annotations: {layer path: `QuantizeConfig` or None} of a model annotated with TensorFlow Model Optimization: only
+        these layers are quantized, and a config overrides the rules for its layer. {}: no annotations, all layers.
+      spaces: That of weights and that of inputs.
       rules, granularity, tensors: As for `fliqs_tf.wrap`.
     """
     rules = as_rules(rules)
@@ -87,7 +87,7 @@ def layer_quantizations(
         parts = [p for p in paths if p not in annotations and any(p.startswith(f"{a}/") for a in annotations)]
         if parts:
             _LOG.warning(
-                "Left in float, because an annotation is of a whole layer and not of its parts: %s. fliqs_tf.wrap "
+                "Left in float, because an annotation covers a layer but not the layers inside it: %s. fliqs_tf.wrap "
                 "quantizes them in a model without annotations.",
                 ", ".join(parts),
             )
@@ -118,7 +118,7 @@ def as_rules(rules: Sequence[RuleLike]) -> list[Rule]:
 
 
 def _annotated_rule(path: str, config: Any, tensors: str) -> Rule:
-    """What the config of an annotation says of its layer."""
+    """The config of an annotation, as a rule for its layer."""
     if not hasattr(config, "as_rule"):
         raise ValueError(
             f"Layer {path!r} is annotated with {type(config).__name__}, whose formats cannot be searched. Annotate it "
