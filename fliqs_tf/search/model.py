@@ -258,9 +258,10 @@ class SearchModel(keras.Model):
     ) -> keras.callbacks.History:
         """Keras' `fit`: trains the weights and searches the formats.
 
-        The search is as long as `compile(search_steps=...)` says, or else as this first `fit`. In its last part (`frozen`
-        of `Controller`) the formats stay as they were decided. A later `fit` goes on with an unfinished search, trains
-        the weights for formats that are decided, or, compiled for another target, cost or reward, searches anew.
+        The search is as long as `compile(search_steps=...)` says, or else as the first `fit`. In its last part
+        (`frozen` of `Controller`) the formats stay as they were decided. A later `fit` goes on with an unfinished
+        search, trains the weights for formats that are decided, or, compiled for another target, cost or reward,
+        searches anew.
 
         Args:
           x, y, *args, **kwargs: As for any Keras model.
