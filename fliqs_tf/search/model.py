@@ -260,24 +260,37 @@ class SearchModel(keras.Model):
     ) -> keras.callbacks.History:
         """Keras' `fit`: trains the weights and searches the formats.
 
+        The search is as long as `compile(search_steps=...)` says, or else as the first `fit`. In its last part
+        (`frozen` of `Controller`) the formats stay as they were decided. A later `fit` goes on with an unfinished
+        search, trains the weights for formats that are decided, or, compiled for another target, cost or reward,
+        searches anew.
+
         Args:
           x, y, *args, **kwargs: As for any Keras model.
-          quality_data: Examples that the weights never see: quality is read from them. A `tf.data.Dataset` of batches
-            (x, y), a tuple (x, y) of arrays, which are shuffled, or a list or generator of batches. None: quality is
-            that of the training batch, which costs nothing but says less, see the README.
-          calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any
-            form that `quality_data` has; labels are not needed. None: the first batches of a training data set, or as
-            many examples from everywhere in the training part of arrays. A generator that was trained on cannot be read
-            again: then the averages stay as they are, and a warning says so.
+          quality_data: Examples that the weights never see, from which quality is read. A `tf.data.Dataset` of batches
+            (x, y) or (x, y, sample_weight), a tuple of such arrays, which are shuffled, or a list or generator of such
+            batches. None: quality is that of the training batch, which costs nothing but says less, see the README.
+          calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any of
+            these forms; labels are not needed. None: the first batches of a training data set, or as many examples from
+            everywhere in the training part of arrays. A generator that was trained on cannot be read again: then the
+            averages stay as they are, and a warning says so.
 
         Returns:
-          Keras' History. Its logs hold, beside loss and metrics: reward, cost (expected, in the cost's unit),
-          entropy (mean over decisions, 1 = uniform), switch_rate (share of decisions that differ from the
-          step before).
+          Keras' History. Its logs hold, per epoch and beside loss and metrics:
+
+          * reward: mean over the samples of the last reading, in units of quality;
+          * cost: expected cost of a sample, in the cost's unit;
+          * entropy: of the decisions, as a share of its maximum: 1 = all options alike, 0 = decided;
+          * switch_rate: share of the decisions in which a step's sample differs from the step before.
 
         Raises:
-          ValueError: No `target_cost`, or a number of steps that cannot be known.
-          FloatingPointError: The loss became NaN or infinite; names the step.
+          RuntimeError: `compile` was not called.
+          TypeError: quality_data or calibration_data has none of these forms.
+          ValueError: No `target_cost`; a number of steps that cannot be known; data that do not fit the model, or
+            quality_data without labels.
+          FloatingPointError: The loss, a weight or a moving average became NaN or infinite; names the step.
+
+        Source: FLIQS, arXiv 2308.03290; docs/method.md says what differs.
         """
         if self._compiled_for is None:
             raise RuntimeError("Call compile(optimizer, loss, target_cost=...) before fit.")
