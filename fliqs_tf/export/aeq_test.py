@@ -12,6 +12,7 @@ import fliqs_tf
 from fliqs_tf import export
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.numerics import encoding
 
 L = keras.layers
@@ -73,7 +74,7 @@ def ours(model, recipe) -> dict:
     final = fliqs_tf.apply(model, recipe)
     order = {"conv": (3, 0, 1, 2), "conv_1": (3, 0, 1, 2), "dense": (1, 0), "dense_1_1": (1, 0)}
     found = {}
-    for path, layer in deployed.quantized_layers(final):
+    for path, layer in deployed.quantized_layers(ModelGraph(final)):
         (weight,) = deployed.quantized_weights(path, layer).values()
         if weight.format.is_integer:
             found[path] = (weight.values.transpose(order[path]), weight.scale.ravel())
@@ -136,7 +137,7 @@ def test_entries_by_hand(tmp_path):
 @pytest.mark.parametrize("fmt", ["INT5", "E4M3", "INT16"])
 def test_formats_that_the_tool_does_not_have_are_refused(tmp_path, fmt):
     with pytest.raises(
-        ValueError, match=f"Layer 'b' has {fmt} weights and {fmt} inputs, and ai-edge-quantizer has INT4"
+        ValueError, match=f"Layer 'b' has {fmt} weights and {fmt} inputs, but ai-edge-quantizer supports only INT4"
     ):
         export.aeq_recipe(fliqs_tf.Recipe({"a": "INT4", "b": fmt}), tmp_path / "aeq.json")
     assert os.listdir(tmp_path) == []

@@ -26,6 +26,7 @@ import tensorflow as tf
 from fliqs_tf import costs
 from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
 from fliqs_tf.costs.profile import Profile
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import shared_ranges
 from fliqs_tf.numerics.formats import Format
 from fliqs_tf.quantize.recipe import Recipe
@@ -42,7 +43,7 @@ class SearchModel(SampledModel):
 
     Args:
       network: Model with `Quantized` layers, or what TensorFlow Model Optimization's `quantize_apply` made with a
-        `fliqs_tf.tfmot.FliqsQuantizeScheme`; it is trained in place.
+        `fliqs_tf.tfmot.FliqsQuantizeScheme`, or the `ModelGraph` of one; it is trained in place.
       controller: Options of `Controller`, as a dict.
       input_shape: Shape of one example, where the network leaves it open.
       profile: The platform that is searched for, a `Profile` or None.
@@ -50,17 +51,18 @@ class SearchModel(SampledModel):
 
     def __init__(
         self,
-        network: keras.Model,
+        network: keras.Model | ModelGraph,
         controller: Mapping[str, Any] | None = None,
         input_shape: Any = None,
         profile: Profile | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.network = network
+        self.graph = graph = ModelGraph.of(network)
+        self.network = network = graph.model
         self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
-        if shared_ranges.has_boundary_quantizers(network):
-            shared_ranges.link(network)
+        if shared_ranges.has_boundary_quantizers(graph):
+            shared_ranges.link(graph)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(
             lambda s: list(s.shape if hasattr(s, "shape") else s), input_shape
@@ -212,25 +214,38 @@ class SearchModel(SampledModel):
     ) -> keras.callbacks.History:
         """Keras' `fit`: trains the weights and searches the formats.
 
+        The search is as long as `compile(search_steps=...)` says, or else as the first `fit`. In its last part
+        (`frozen` of `Controller`) the formats stay as they were decided. A later `fit` goes on with an unfinished
+        search, trains the weights for formats that are decided, or, compiled for another target, cost or reward,
+        searches anew.
+
         Args:
           x, y, *args, **kwargs: As for any Keras model.
-          quality_data: Examples that the weights never see: quality is read from them. A `tf.data.Dataset` of batches
-            (x, y), a tuple (x, y) of arrays, which are shuffled, or a list or generator of batches. None: quality is
-            read from the training data, which are iterated a second time for it; of a generator, and with
-            train_with="sample", it is that of the training batch itself.
-          calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any
-            form that `quality_data` has; labels are not needed. None: the first batches of a training data set, or as
-            many examples from everywhere in the training part of arrays. A generator that was trained on cannot be read
-            again: then the averages stay as they are, and a warning says so.
+          quality_data: Examples that the weights never see, from which quality is read. A `tf.data.Dataset` of batches
+            (x, y) or (x, y, sample_weight), a tuple of such arrays, which are shuffled, or a list or generator of such
+            batches. None: quality is read from the training data, which are iterated a second time for it; of a
+            generator, and with train_with="sample", it is that of the training batch itself.
+          calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any of
+            these forms; labels are not needed. None: the first batches of a training data set, or as many examples from
+            everywhere in the training part of arrays. A generator that was trained on cannot be read again: then the
+            averages stay as they are, and a warning says so.
 
         Returns:
-          Keras' History. Its logs hold, beside loss and metrics: reward, cost (expected, in the cost's unit),
-          entropy (mean over decisions, 1 = uniform), switch_rate (share of decisions that differ from the
-          step before).
+          Keras' History. Its logs hold, per epoch and beside loss and metrics:
+
+          * reward: mean over the samples of the last reading, in units of quality;
+          * cost: expected cost of a sample, in the cost's unit;
+          * entropy: of the decisions, as a share of its maximum: 1 = all options alike, 0 = decided;
+          * switch_rate: share of the decisions in which a step's sample differs from the step before.
 
         Raises:
-          ValueError: No `target_cost`, or a number of steps that cannot be known.
-          FloatingPointError: The loss became NaN or infinite; names the step.
+          RuntimeError: `compile` was not called.
+          TypeError: quality_data or calibration_data has none of these forms.
+          ValueError: No `target_cost`; a number of steps that cannot be known; data that do not fit the model, or
+            quality_data without labels.
+          FloatingPointError: The loss, a weight or a moving average became NaN or infinite; names the step.
+
+        Source: FLIQS, arXiv 2308.03290; docs/method.md says what differs.
         """
         if self._compiled_for is None:
             raise RuntimeError("Call compile(optimizer, loss, target_cost=...) before fit.")

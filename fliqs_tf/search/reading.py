@@ -92,7 +92,7 @@ class Reader:
         steps = int(tf.convert_to_tensor(controller.total_steps))
         most = min(READINGS, max(LEAST, steps // 4)) if most is None else most
         inputs = (batch.x for batch in self._source.some(_RANGE_BATCHES, self._size)) if self._can_calibrate() else ()
-        ranges.calibrate(model.network, inputs)
+        ranges.calibrate(model.graph, inputs)
         before = int(tf.convert_to_tensor(controller.total_steps)), int(tf.convert_to_tensor(controller.step))
         controller.total_steps.assign(controller.steps_to_decide_at(most))
         agreed = replicas.Workers(self.strategy).first

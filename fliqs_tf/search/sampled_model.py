@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from fliqs_tf import costs, replicas
 from fliqs_tf._keras import keras
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import batch_norm
 from fliqs_tf.layers.quantizers import training_step
 from fliqs_tf.numerics.formats import Format
@@ -27,6 +28,7 @@ class SampledModel(keras.Model):
     `SearchModel` adds what users call, and makes what is declared here.
 
     Attributes:
+      graph: The quantized network as a graph.
       network: The quantized network.
       controller: Draws samples, and learns from their quality.
       readout: Variable [4]: reward, baseline, quality and beta_H of the last reading, for logs.
@@ -34,6 +36,7 @@ class SampledModel(keras.Model):
       bad_step: Variable; the first step whose loss was not finite, or -1.
     """
 
+    graph: ModelGraph
     network: keras.Model
     controller: Controller
     readout: tf.Variable
@@ -50,12 +53,12 @@ class SampledModel(keras.Model):
     @functools.cached_property
     def decisions(self) -> list[Decision]:
         """What the search decides, in network order."""
-        return decisions_lib.open_decisions(self.network)
+        return decisions_lib.open_decisions(self.graph)
 
     @functools.cached_property
     def sites(self) -> list[costs.Site]:
         """The layers that costs count."""
-        return costs.sites(self.network, self._example_shape)
+        return costs.sites(self.graph, self._example_shape)
 
     @property
     def cost_table(self) -> costs.CostTable:
@@ -185,7 +188,7 @@ class SampledModel(keras.Model):
         self._assign(sample)
         states = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(tf.convert_to_tensor(v)) for v in states]
-        with batch_norm.batch_statistics(self.network):
+        with batch_norm.batch_statistics(self.graph):
             y_pred = self(x, training=True)
         self.compute_loss(x, y, y_pred, sample_weight)
         quality, _ = self._quality_of_batch()
