@@ -70,6 +70,7 @@ flags.DEFINE_enum(
     ["search", "post_training"],
     "Decide while training, or from readings alone: with --init, and no training.",
 )
+flags.DEFINE_enum("post_training", "critic", post_training.METHODS, "How --method=post_training finds formats.")
 flags.DEFINE_integer("readings", None, "Of post_training: at most so many; None: 300.", lower_bound=1)
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
@@ -199,9 +200,10 @@ def decide(model, data, total: int) -> None:
             model,
             quality_batches(model, data, 0),
             calibration_data=calibration_batches(model, data, total),
+            method=FLAGS.post_training,
             readings=FLAGS.readings,
         )
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         sys.exit(str(error))
 
 

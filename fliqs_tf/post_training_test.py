@@ -57,3 +57,12 @@ def test_a_model_that_was_never_trained_is_told(caplog):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         search(network(), **options)
+
+
+def test_sensitivities_find_what_the_critic_finds():
+    pytest.importorskip("scipy")
+    recipes = [search(network(), method=method, readings=50).recipe() for method in ("critic", "sensitivities")]
+    # Inputs of 2 bits lose the sign of small numbers, in either layer.
+    assert all("INT2" not in recipe.formats.values() for recipe in recipes)
+    with pytest.raises(ValueError, match="method must be 'critic' or 'sensitivities', got 'milp'"):
+        search(network(), method="milp")

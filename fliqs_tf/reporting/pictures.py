@@ -242,6 +242,7 @@ def budgets_figure(
         mark = {"marker": "*", "markersize": 13, "color": _RED, "linestyle": "none"}
         axes.plot(trained["cost"], trained["loss"], label="what the weights are trained for", **mark)
     axes.set_xscale("log")
+    axes.tick_params(which="both", labelsize=_SMALL)
     axes.set_xlabel(f"cost ({cost_unit})" if cost_unit else "cost", fontsize=_NORMAL)
     axes.set_ylabel("expected loss of quality", fontsize=_NORMAL)
     axes.legend(fontsize=_SMALL, frameon=False)

@@ -91,8 +91,7 @@ class Reader:
         model, controller = self.model, self.model.controller
         steps = int(tf.convert_to_tensor(controller.total_steps))
         most = min(READINGS, max(LEAST, steps // 4)) if most is None else most
-        inputs = (batch.x for batch in self._source.some(_RANGE_BATCHES, self._size)) if self._can_calibrate() else ()
-        ranges.calibrate(model.graph, inputs)
+        self._set_ranges()
         before = int(tf.convert_to_tensor(controller.total_steps)), int(tf.convert_to_tensor(controller.step))
         controller.total_steps.assign(controller.steps_to_decide_at(most))
         agreed = replicas.Workers(self.strategy).first
@@ -117,16 +116,53 @@ class Reader:
         deciding.decide(model)
         return done
 
-    def _can_calibrate(self) -> bool:
-        """Batches can be read twice, and here: not dealt out to replicas."""
-        return (
-            not (self._source.is_read_once or self._source.is_distributed) and self.strategy.num_replicas_in_sync == 1
-        )
+    def sensitivities(self, most: int, verbose: bool = False) -> np.ndarray:
+        """Effects of one option of one decision at a time, all others in their widest: the classical way.
+
+        Each batch compares the widest formats with as many changes as a reading has samples beside them. The critic
+        learns from the same readings.
+
+        Args:
+          most: Readings at most; at least one of each option is made.
+          verbose: Print progress.
+
+        Returns:
+          float64 [D, N]; 0 for the widest options and for padding.
+        """
+        decisions = self.model.decisions
+        widest = np.array([len(decision.options) - 1 for decision in decisions], np.int32)
+        changes = [(d, o) for d in range(len(decisions)) for o in range(widest[d])]
+        groups = [changes[i : i + self._samples - 1] for i in range(0, len(changes), self._samples - 1)]
+        total = np.zeros(self.model.controller.mask.shape)
+        passes = max(1, most // max(len(groups), 1))
+        self._set_ranges()
+        for done in range(passes):
+            for group in groups:
+                samples = np.repeat(widest[None], self._samples, axis=0)
+                for row, (d, o) in enumerate(group, start=1):
+                    samples[row, d] = o
+                data, drawn = next(self._batches), tf.constant(samples)
+                read = [self._read(data, drawn, tf.constant(i)) for i in range(self._samples)]
+                self._learn(drawn, read)
+                base, *others = (self._mean(quality) for quality in read)
+                for (d, o), quality in zip(group, others, strict=False):
+                    total[d, o] += quality - base
+            if verbose:
+                print(f"pass {done + 1} of {passes} over {len(changes)} formats of layers", flush=True)
+        return total / passes
+
+    def _set_ranges(self) -> None:
+        """Gives activations ranges from a few batches, if these can be read twice, and here: not dealt out."""
+        is_here = not self._source.is_distributed and self.strategy.num_replicas_in_sync == 1
+        if is_here and not self._source.is_read_once:
+            ranges.calibrate(self.model.graph, (batch.x for batch in self._source.some(_RANGE_BATCHES, self._size)))
 
     def _quality(self, data: Any, samples: tf.Tensor) -> float:
         """Quality of the first sample, its mean over replicas."""
-        read = self._read(data, samples, tf.constant(0))
-        return float(np.mean([np.array(q) for q in self.strategy.experimental_local_results(read)]))
+        return self._mean(self._read(data, samples, tf.constant(0)))
+
+    def _mean(self, quality: Any) -> float:
+        return float(np.mean([np.array(q) for q in self.strategy.experimental_local_results(quality)]))
 
 
 def _functions(model: keras.Model) -> tuple[Callable, Callable, Callable]:
