@@ -29,7 +29,7 @@ def solve(effects: np.ndarray, mask: np.ndarray, table: costs.CostTable, target:
     try:
         from scipy import optimize, sparse
     except ImportError as error:
-        raise ImportError("The integer program needs SciPy. Run `pip install scipy`.") from error
+        raise ImportError("The integer program needs SciPy. Run `pip install fliqs-tf[milp]`.") from error
     decisions, options = np.nonzero(mask)
     place = {(d, o): i for i, (d, o) in enumerate(zip(decisions.tolist(), options.tolist(), strict=True))}
     price = list(table.tables[decisions, options])
