@@ -12,8 +12,10 @@ Source of the format: TensorFlow Lite's schema.fbs, through the classes that ai-
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fliqs_tf.numerics import encoding
 
@@ -91,6 +93,11 @@ class TfliteFile:
         key = dtype if dtype == "int4" else np.dtype(dtype)
         self.tensors.append((unique, tuple(shape), key, parameters, data))
         return len(self.tensors) - 1
+
+    def constant(self, name: str, data: ArrayLike, dtype: Any, parameters: QuantizationParameters | None = None) -> int:
+        """Adds a tensor whose values stay; arguments as for `tensor`."""
+        data = np.asarray(data)
+        return self.tensor(name, data.shape, dtype, parameters, data)
 
     def operation(self, name: str, inputs: list[int], outputs: list[int], **options) -> None:
         """Adds an operation; `options` are the fields of its options in the schema, constants by number."""

@@ -11,7 +11,9 @@ _LARGEST = 127
 _LARGEST_BIAS = 2**30
 
 
-def with_int32_biases(path: str, linear: Linear, source_scale: float, target_scale: float):
+def with_int32_biases(
+    path: str, linear: Linear, source_scale: float, target_scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scale, codes, bias as int32) with scales and biases that kernels can take.
 
     Biases are multiples of (input scale * weight scale). Where batch normalization has nearly switched off a channel
@@ -39,6 +41,11 @@ def with_int32_biases(path: str, linear: Linear, source_scale: float, target_sca
     codes[..., short] = np.rint(codes[..., short] * (scale[short] / least[short]))
     scale[short] = least[short]
     return scale, codes, np.rint(linear.bias / (source_scale * scale)).astype(np.int32)
+
+
+def channel_axis(operation: str) -> int:
+    """Where `arranged` has the output channels."""
+    return 3 if operation == "depthwise" else 0
 
 
 def arranged(operation: str, kernel: np.ndarray) -> np.ndarray:
