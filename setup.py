@@ -35,6 +35,7 @@ TESTS = [
     *ONNX,
     *HUB,
 ]
+CHECKS = ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "pre-commit>=4.0"]
 
 
 class WithoutTests(build_py):
@@ -53,7 +54,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fliqs_tf", "fliqs_tf.*"]),
-    package_data={"fliqs_tf.costs": ["profiles/*.json"]},
+    package_data={"fliqs_tf": ["py.typed"], "fliqs_tf.costs": ["profiles/*.json"]},
     cmdclass={"build_py": WithoutTests},
     install_requires=["tensorflow>=2.21", "keras>=3.15", "numpy>=2.0"],
     extras_require={
@@ -65,6 +66,6 @@ setup(
         "safetensors": SAFETENSORS,
         "onnx": ONNX,
         "tests": [*BINARIES, *LEGACY, *EXPORT, *TESTS],
-        "dev": [*BINARIES, *LEGACY, *EXPORT, *TESTS, "ruff>=0.14", "import-linter>=2.5", "pre-commit>=4.0"],
+        "dev": [*BINARIES, *LEGACY, *EXPORT, *TESTS, *CHECKS],
     },
 )

@@ -4,8 +4,11 @@ python binaries/evaluate.py --model_file=runs/digits_resnet8_search/model.keras
 python binaries/evaluate.py --recipe=runs/digits_resnet8_search/recipe.json
 python binaries/evaluate.py --recipe=runs/digits_resnet8_search/recipe.json --profile=nvidia_h100_sxm,my_chip.json
 
-With --profile the network is priced on several platforms, and what one of them cannot run is listed with the reason.
-Exit status: 0; 1 for wrong flags or files; 3 if a platform cannot run the network.
+Prints the share of right guesses on the test split, the cost in GBOPs per example and the size of the weights in MiB.
+With --profile the network is also priced on each platform, in the profile's unit per example, and layers that a
+platform cannot run are listed with the reason.
+
+Exit status: 0; 1 for wrong flags or files, with one message; 3 if a platform cannot run the network.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from absl import app, flags
 
 import fliqs_tf
 from binaries import settings, tables
+from fliqs_tf.numerics.formats import Format
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model_file", None, "A .keras file: accuracy on the test split, and cost.")
@@ -33,7 +37,15 @@ flags.DEFINE_list(
 CANNOT_RUN = 3
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
+    """Evaluates as the flags say. Args: what is left of the command line, the program's name alone.
+
+    Returns:
+      The exit status, 0 or `CANNOT_RUN`.
+
+    Raises:
+      SystemExit: Wrong flags or files.
+    """
     if len(argv) > 1:
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if not FLAGS.model_file and not FLAGS.recipe:
@@ -60,8 +72,18 @@ def main(argv):
     return price(profiles, priced) if profiles else 0
 
 
-def price(profiles, priced) -> int:
-    """Prints what networks cost on platforms, and where they cannot run. Returns the exit status."""
+def price(
+    profiles: list[fliqs_tf.Profile], priced: list[tuple[str, list[tuple[fliqs_tf.costs.Site, Format, Format]]]]
+) -> int:
+    """Prints what networks cost on platforms, and the layers that a platform cannot run.
+
+    Args:
+      profiles: The platforms.
+      priced: (name of a network, what `fliqs_tf.costs.site_formats` gives for it).
+
+    Returns:
+      The exit status: 0, or `CANNOT_RUN` if a platform cannot run one of the networks.
+    """
     rows, tables_of_unsupported = [], []
     for name, formats in priced:
         for profile in profiles:
@@ -79,7 +101,7 @@ def price(profiles, priced) -> int:
 
 
 def _scores(info) -> dict:
-    """What a recipe says of its quality. Anything may stand there."""
+    """What a recipe file says about quality. It is free text of the user: whatever is no number is left out."""
     keys = ("accuracy", "bits_per_character")
     return {key: info[key] for key in keys if isinstance(info.get(key), (int, float))}
 

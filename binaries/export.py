@@ -1,9 +1,13 @@
-"""A trained run to a file that runs elsewhere, compared with the Keras model on the test split.
+"""Exports a trained run to a file that runs elsewhere, and compares it with the Keras model on the test split.
 
     python binaries/export.py --run_dir=runs/digits_resnet8_search --format=tflite
     python binaries/export.py --run_dir=runs/digits_resnet8_search --format=onnx --plan    # only says what runs
 
-Exits with an error if the file does not compute what the Keras model does.
+Writes --output: by default model.tflite, model.onnx or model.safetensors in the run directory. Prints its size in bytes
+and how closely it agrees with the model. With --plan it writes nothing and prints a row per layer.
+
+Exit status: 0; 1 for wrong flags or files, if the file differs from the model by more than --tolerance and --top1
+allow, or if --plan finds a layer that the format cannot hold.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ flags.DEFINE_string("run_dir", None, "Run of search.py or train.py: its model.ke
 flags.DEFINE_enum("format", "tflite", ["tflite", "onnx", "packed"], "What to write.")
 flags.DEFINE_bool("plan", False, "Write nothing; print what --format does with every layer.")
 flags.DEFINE_string("output", None, "The file. Default: model.tflite, model.onnx or model.safetensors in --run_dir.")
-flags.DEFINE_float("tolerance", 1, "tflite: most output steps that 99.9 % of the values may be off.", lower_bound=0)
+flags.DEFINE_float("tolerance", 1, "tflite: how many output steps 99.9 % of the values may be off.", lower_bound=0)
 flags.DEFINE_float("top1", 0.995, "tflite, onnx: least share of examples with the same guess.", 0, 1)
 flags.DEFINE_bool(
     "int4", True, "tflite: int4 convolutions: half the size, slower. --noint4: as int8, exact and faster."
@@ -34,7 +38,12 @@ flags.DEFINE_bool(
 _SUFFIX = {"tflite": "tflite", "onnx": "onnx", "packed": "safetensors"}
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Exports as the flags say. Args: what is left of the command line, the program's name alone.
+
+    Raises:
+      SystemExit: See the module.
+    """
     if len(argv) > 1:
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if not FLAGS.run_dir:

@@ -8,27 +8,38 @@ import numpy as np
 
 import fliqs_tf
 from binaries import data as datasets
+from fliqs_tf._keras import keras
 from fliqs_tf.export.agreement import check_all
 
 REPRESENTATIVE_BATCHES = 8
 
 
 def tflite(
-    final, path: pathlib.Path, data, *, seed: int = 0, int4: bool = True, tolerance: float = 1, top1: float = 0.995
-):
+    final: keras.Model,
+    path: pathlib.Path,
+    data: datasets.Data | datasets.text.Text,
+    *,
+    seed: int = 0,
+    int4: bool = True,
+    tolerance: float = 1,
+    top1: float = 0.995,
+) -> list[str]:
     """Writes a `.tflite` file and prints how it compares with the Keras model on the test split.
 
     Args:
       final: A deployed model.
       path: The file to write.
-      data: What `settings.load_data` gave.
-      seed: Of the training batches that missing ranges are taken from.
+      data: What `settings.load_data` returned.
+      seed: Seed of the training batches that missing ranges are taken from.
       int4: See `fliqs_tf.export.tflite`.
-      tolerance: Most output steps that 99.9 % of the values may be off the Keras model that the file stands for.
-      top1: Least share of examples with the same guess. Both in LiteRT's default kernels.
+      tolerance: How many output steps 99.9 % of the values may be off the Keras model that the file stands for.
+      top1: Least share of examples with the same guess. Both limits are for LiteRT's default kernels.
 
     Returns:
-      Sentences that say what is beyond the tolerance; [] if nothing is.
+      A sentence for each limit that is exceeded; [] if none is.
+
+    Raises:
+      ValueError, ImportError, OSError: As `fliqs_tf.export.tflite`.
     """
     batches = datasets.train_batches(
         data, batch_size=64, seed=seed, start_step=0, total_steps=REPRESENTATIVE_BATCHES, augment=False
@@ -46,8 +57,18 @@ def tflite(
     return [str(a) for a in exact if a.kernels == "XNNPACK" and not a.within(tolerance, top1)]
 
 
-def packed(final, path: pathlib.Path, data):
-    """Writes a packed file, and compares what it restores with the model on the test split. Returns as `tflite`."""
+def packed(final: keras.Model, path: pathlib.Path, data: datasets.Data | datasets.text.Text) -> list[str]:
+    """Writes a packed file, and compares the restored model with the model on the test split, to the bit.
+
+    Args:
+      final, path, data: As for `tflite`.
+
+    Returns:
+      A sentence if outputs differ; else [].
+
+    Raises:
+      ValueError, ImportError, OSError: As `fliqs_tf.export.packed`.
+    """
     fliqs_tf.export.packed(final, path)
     again = fliqs_tf.export.load_packed(path)
     test = list(datasets.eval_batches(data, "test", 250))
@@ -55,12 +76,25 @@ def packed(final, path: pathlib.Path, data):
     print(
         f"Packed: {path}, {path.stat().st_size:,} bytes; {fliqs_tf.costs.memory(final) * 2**20:,.0f} of them weights."
     )
-    print(f"The restored model gives {'the same outputs, to the bit.' if equal else 'other outputs.'}")
-    return [] if equal else ["The restored model gives other outputs."]
+    print(f"The restored model gives {'the same outputs, to the bit.' if equal else 'different outputs.'}")
+    return [] if equal else ["The restored model gives different outputs."]
 
 
-def onnx(final, path: pathlib.Path, data, *, top1: float = 0.995):
-    """Writes an ONNX file, and compares onnxruntime with the model on the test split. Returns as `tflite`."""
+def onnx(
+    final: keras.Model, path: pathlib.Path, data: datasets.Data | datasets.text.Text, *, top1: float = 0.995
+) -> list[str]:
+    """Writes an ONNX file, and compares onnxruntime's outputs with the model's on the test split.
+
+    Args:
+      final, path, data: As for `tflite`.
+      top1: Least share of examples with the same guess.
+
+    Returns:
+      A sentence if fewer agree, or if onnxruntime cannot run the file; else [].
+
+    Raises:
+      ValueError, ImportError, OSError: As `fliqs_tf.export.onnx`; ImportError also without onnxruntime.
+    """
     fliqs_tf.export.onnx(final, path)
     try:
         import onnxruntime
@@ -90,7 +124,7 @@ def onnx(final, path: pathlib.Path, data, *, top1: float = 0.995):
 
 
 def has_integer_kernels(recipe: fliqs_tf.Recipe) -> bool:
-    """True if a recipe has nothing but formats that TFLite computes with, and integers among them."""
+    """True if TFLite runs every format of a recipe, at least one of them by integer kernels."""
     formats = [fliqs_tf.Format(name) for name in recipe.formats.values()]
     integer = [fmt.is_integer and fmt.bits <= 8 for fmt in formats]
     return any(integer) and all(ok or not fmt.is_scaled for ok, fmt in zip(integer, formats))

@@ -3,6 +3,13 @@
 python binaries/train.py --format=float
 python binaries/train.py --format=INT8
 python binaries/train.py --recipe=runs/digits_resnet8_search/recipe.json
+
+Writes to --run_dir, by default runs/<dataset>_<model>_<what>: `model.keras`; `result.json` with the share of right
+guesses on the test split (and bits per character, for text), cost per example with its unit, steps, seed, versions and
+flags; `flags.json`; `checkpoints/`. Prints the result as a table.
+
+Exit status: 0; 1 for wrong flags or files, a run directory that cannot be used, or a loss that is not finite, with one
+message; 75 after SIGTERM, with a checkpoint: start again with --resume.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import fliqs_tf
+from binaries import data as datasets
 from binaries import loop, settings, tables
 from binaries.run_dir import RunDir, versions
 from fliqs_tf import replicas
@@ -33,7 +41,12 @@ flags.DEFINE_string("recipe", None, "recipe.json; takes the place of --format.")
 flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted.")
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Trains as the flags say. Args: what is left of the command line, the program's name alone.
+
+    Raises:
+      SystemExit: See the module.
+    """
     preemption, strategy, data, steps_per_epoch = loop.start(argv)
     total = steps_per_epoch * FLAGS.epochs
     with strategy.scope():
@@ -59,8 +72,16 @@ def main(argv):
     replicas.Workers(strategy).any(False)
 
 
-def finish(name: str, model, data, run: RunDir, total: int) -> None:
-    """Writes what the run leaves behind, and prints its table."""
+def finish(name: str, model: keras.Model, data: datasets.Data | datasets.text.Text, run: RunDir, total: int) -> None:
+    """Writes `model.keras` and `result.json`, and prints the table.
+
+    Args:
+      name: What was trained: "float", "recipe" or "uniform INT8".
+      model: The trained model, of no distribution strategy.
+      data: What `settings.load_data` returned.
+      run: The run directory.
+      total: Training steps.
+    """
     cost = fliqs_tf.costs.NAMES[FLAGS.cost]
     result = {
         "name": name,
@@ -78,8 +99,18 @@ def finish(name: str, model, data, run: RunDir, total: int) -> None:
     tables.print_tables(tables.results_table([result], cost_unit=cost.unit))
 
 
-def formatted(network) -> tuple[str, keras.Model]:
-    """(name, model) that the flags ask for."""
+def formatted(network: keras.Model) -> tuple[str, keras.Model]:
+    """The model that --format or --recipe asks for, not compiled, and its name.
+
+    Args:
+      network: The float network.
+
+    Returns:
+      ("float", the network itself), ("uniform INT8", a quantized copy) or ("recipe", a quantized copy).
+
+    Raises:
+      SystemExit: The format is unknown, or the recipe cannot be read or does not fit the network.
+    """
     try:
         if FLAGS.recipe:
             return "recipe", fliqs_tf.apply(network, fliqs_tf.Recipe.load(FLAGS.recipe))
@@ -103,8 +134,8 @@ class _Finite(keras.callbacks.Callback):
             )
 
 
-def _plain(model) -> keras.Model:
-    """The model, or of one that belongs to a strategy a copy that does not."""
+def _plain(model: keras.Model) -> keras.Model:
+    """The model itself or, if it is mirrored by a distribution strategy, a copy that is not."""
     if model.distribute_strategy.num_replicas_in_sync == 1:
         return model
     copy = keras.models.clone_model(model)

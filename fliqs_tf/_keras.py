@@ -19,7 +19,7 @@ import tensorflow as tf
 
 # The package itself, not the `tf.keras` view of it, which leaves out parts (keras.saving, keras.StatelessScope).
 if TYPE_CHECKING:
-    import keras
+    import keras as keras
 else:
     keras = importlib.import_module(tf.keras.Model.__module__.split(".")[0])
 IS_KERAS_3 = keras.__name__ == "keras"

@@ -7,6 +7,8 @@ what they are given, and add nothing to the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -66,11 +68,7 @@ class Workers:
             isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.num_replicas_in_sync > 1
         )
         self.is_first = not self.several or _is_first(strategy.cluster_resolver)
-        signature = [tf.TensorSpec([None], tf.float32)]
-        local = strategy.experimental_local_results
-        first = tf.function(lambda x: strategy.run(of_first, (x,)), signature, autograph=False)
-        average = tf.function(lambda x: strategy.run(mean, (x,)), signature, autograph=False)
-        self._first, self._average = (lambda x: local(first(x))[0].numpy()), (lambda x: local(average(x))[0].numpy())
+        self._first, self._average = _from_host(strategy, of_first), _from_host(strategy, mean)
 
     def first(self, array: np.ndarray) -> np.ndarray:
         """The first worker's array, to the bit, whatever its dtype; the others bring one of the same shape."""
@@ -87,6 +85,15 @@ class Workers:
         if not self.several:
             return list(flags)
         return (self._average(tf.constant(flags, tf.float32)) > 0).tolist()
+
+
+def _from_host(
+    strategy: tf.distribute.Strategy, function: Callable[[tf.Tensor], tf.Tensor]
+) -> Callable[[tf.Tensor], np.ndarray]:
+    """A function of replicas as one that the host calls: float32 [n] -> float32 [n], the same on all replicas."""
+    signature = [tf.TensorSpec([None], tf.float32)]
+    run = tf.function(lambda x: strategy.run(function, (x,)), signature, autograph=False)
+    return lambda x: strategy.experimental_local_results(run(x))[0].numpy()
 
 
 def _is_first(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> bool:

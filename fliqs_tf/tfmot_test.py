@@ -221,7 +221,7 @@ def test_parts_of_an_annotated_layer_are_named_and_stay_in_float(caplog):
     paths = [path for path, _ in ModelGraph(model).with_kernels]
     spaces = (fliqs_tf.Space("FLIQS-S-INT"),) * 2
     assert list(layer_quantizations(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
-    assert "an annotation is of a whole layer and not of its parts: attention/query, attention/key" in caplog.text
+    assert "an annotation covers a layer but not the layers inside it: attention/query, attention/key" in caplog.text
 
 
 @only_tf_keras

@@ -1,13 +1,16 @@
-"""What quantization and search cost in time and memory, in ratios to float training.
+"""Measures what quantization and search cost in time and memory, as ratios to float training.
 
     python binaries/tools/benchmark.py                      # ResNet-20, both Kerases: about 15 minutes
     python binaries/tools/benchmark.py --keras=legacy       # one of them
     python binaries/tools/benchmark.py --controller         # the controller alone, on landscapes with a known optimum
     python binaries/tools/benchmark.py --wrap               # seconds and memory of wrap() on large networks
 
-Times: configurations take turns in one process, round by round, so that a change of the machine's speed meets all of
-them; the median counts. Memory and first steps: a process each. Training batches are made once, so no input pipeline
-is measured. The machine must have nothing else to do.
+Times are wall and CPU times in ms per step: configurations take turns in one process, round by round, so that a change
+of the machine's speed affects all of them alike, and the median counts. Peak memory (MiB) and first steps (s) are
+measured in a process each. Training batches are made once: no input pipeline is measured. The machine must have nothing
+else to do.
+
+Prints a table per Keras, and writes all figures to --json.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ LARGE = {
 HELD_OUT = "search, 3 options, held-out quality"
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Measures what the flags ask for. Args: what is left of the command line, the program's name alone."""
     if len(argv) > 1:
         sys.exit(f"Unknown argument {argv[1]!r}; flags start with --. See --help.")
     if FLAGS.controller:
@@ -82,7 +86,7 @@ def main(argv):
 
 
 def measure(which: str) -> dict:
-    """All figures under one Keras."""
+    """All figures under one Keras, "legacy" or "3": {"times", "memory", "first"}, see the functions of these names."""
     names = list(configurations(which == "legacy"))
     return {
         "times": _worker(which, "times"),

@@ -10,7 +10,7 @@ import re
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TREES = ("fliqs_tf", "models", "binaries")
 # What a module reads beside its imports.
-DATA = {"fliqs_tf/costs/profile.py": 'glob(["profiles/*.json"])'}
+DATA = {"fliqs_tf/__init__.py": '["py.typed"]', "fliqs_tf/costs/profile.py": 'glob(["profiles/*.json"])'}
 HEADER = """load("@rules_python//python:defs.bzl", {rules})
 
 package(default_visibility = ["//visibility:public"])

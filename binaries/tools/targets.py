@@ -2,8 +2,8 @@ r"""Does a search with default settings decide, and at the cost that was asked f
 
     python -m binaries.tools.targets                # 500 steps each on the digits, about 5 minutes
 
-Per search: entropy as a share of its maximum, and the cost expected by the controller over the target, both at the
-last step before the formats are decided; then cost of the recipe over the target.
+Prints a line per search: the entropy as a share of its maximum, and the controller's expected cost over the target,
+both at the last step before the formats are decided; the cost of the recipe over the target; and the formats.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def search(network: keras.Model, target: str, steps: int, seed: int = 0) -> dict
     }
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
     print(HEADER)

@@ -1,18 +1,19 @@
 """Recipes for ai-edge-quantizer, which quantizes a float `.tflite` file.
 
-Its scales and rounding are ours: symmetric, amax per output channel over the largest code, to nearest with ties to
-even. So where it has the format of a layer, it finds the integer weights that the layer computes with, but for channels
-whose amax is below 1e-9, where it takes 1e-9. Batch normalization that the file has folded into the weights may move
-the last bit of a weight, and with it a code where the weight lies in the middle of two.
+Its weights are rounded as ours are: symmetric, scale = amax / (largest code) per output channel, to nearest with ties
+to even. So where it supports the format of a layer, it arrives at the integer weights that the layer computes with,
+except in channels whose amax is below 1e-9, for which it takes 1e-9. Where batch normalization was folded into the
+weights of the file, the last bit of a weight may differ, and with it the code of a weight midway between two codes.
 
-It has weights of 4 and 8 bits (4 only in CONV_2D and FULLY_CONNECTED; it leaves other layers in float) and inputs of 8.
-The scales of inputs are not ours: it takes them from calibration data.
+It supports weights of 4 and 8 bits (4 only in CONV_2D and FULLY_CONNECTED; other layers stay in float) and inputs of 8
+bits. The scales of inputs are not ours: it takes them from calibration data.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 from fliqs_tf.io import files
 from fliqs_tf.quantize.recipe import Recipe
@@ -31,16 +32,16 @@ def aeq_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
         quantizer.quantize(calibration).export_model("quantized.tflite")
 
     An entry finds its layer by the name of a tensor: `conv1`, or a part between slashes, as in `net/conv1/Conv2D`.
-    The float files of `fliqs_tf.export.tflite` have exactly these names. TensorFlow's converter gives the last layer
-    another one, and Keras 3 numbers them (`conv1_1`): with files of theirs look at the names first.
+    The float files of `fliqs_tf.export.tflite` have exactly these names. TensorFlow's converter renames the last layer,
+    and Keras 3 appends numbers (`conv1_1`): check the names in files made that way.
 
     Args:
       recipe: The recipe. Weights in INT4 or INT8 with inputs in any INT of 8 bits or fewer, which become INT8, or in
         float. Layers of BF16 or FP32 stay in float.
-      path: Of the file. Whole or not there.
+      path: The file to write. It is written whole or not at all.
 
     Raises:
-      ValueError: A format that ai-edge-quantizer does not have: names the layer, and what has it.
+      ValueError: ai-edge-quantizer does not support a format; names the layer, and the exporter that does.
       OSError: The file cannot be written.
     """
     entries = []
@@ -52,14 +53,15 @@ def aeq_recipe(recipe: Recipe, path: str | os.PathLike) -> None:
         has_inputs = inputs in _FLOAT or inputs in tuple(f"INT{bits}" for bits in range(2, 9))
         if weights not in _BITS or not has_inputs:
             raise ValueError(
-                f"Layer {layer!r} has {weights} weights and {inputs} inputs, and ai-edge-quantizer has INT4 and INT8 "
-                f"weights, and INT8 inputs. fliqs_tf.export.tflite writes every INT, fliqs_tf.export.packed any format."
+                f"Layer {layer!r} has {weights} weights and {inputs} inputs, but ai-edge-quantizer supports "
+                f"only INT4 and INT8 weights, and inputs that fit into INT8. fliqs_tf.export.tflite writes INT2 to "
+                f"INT8, fliqs_tf.export.packed any format."
             )
         entries.append(_entry(layer, _BITS[weights], inputs not in _FLOAT))
     files.write_json(path, entries)
 
 
-def _entry(layer: str, bits: int, has_integer_inputs: bool) -> dict:
+def _entry(layer: str, bits: int, has_integer_inputs: bool) -> dict[str, Any]:
     config = {
         "weight_tensor_config": {"num_bits": bits, "symmetric": True, "granularity": "CHANNELWISE", "dtype": "INT"},
         "compute_precision": "INTEGER" if has_integer_inputs else "FLOAT",

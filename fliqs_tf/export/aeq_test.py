@@ -137,7 +137,7 @@ def test_entries_by_hand(tmp_path):
 @pytest.mark.parametrize("fmt", ["INT5", "E4M3", "INT16"])
 def test_formats_that_the_tool_does_not_have_are_refused(tmp_path, fmt):
     with pytest.raises(
-        ValueError, match=f"Layer 'b' has {fmt} weights and {fmt} inputs, and ai-edge-quantizer has INT4"
+        ValueError, match=f"Layer 'b' has {fmt} weights and {fmt} inputs, but ai-edge-quantizer supports only INT4"
     ):
         export.aeq_recipe(fliqs_tf.Recipe({"a": "INT4", "b": fmt}), tmp_path / "aeq.json")
     assert os.listdir(tmp_path) == []

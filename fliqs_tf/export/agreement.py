@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf._keras import check_model
+from fliqs_tf._keras import check_model, keras
 from fliqs_tf.io import batches
 
 KERNELS = ("XNNPACK", "built-in")
 _BATCH = 32  # examples of arrays that are computed at a time
-_STEPS = 127  # of a float output: a 127th of its largest magnitude counts as a step
+_STEPS = 127  # a float output has no codes: a 127th of its largest magnitude counts as a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Agreement:
     Attributes:
       output: Name of the output.
       kernels: "XNNPACK" (LiteRT's default) or "built-in".
-      step: What one code of the int8 tensor behind the output is worth.
+      step: What one code of the int8 tensor in front of the output is worth.
       largest: Largest difference, in steps.
-      most: 999 of 1,000 values differ by no more than this, in steps. Where a float32 sum of Keras ends beside the
-        middle between two codes of an INT4 layer, the two may take different ones: 18 INT8 steps, once in many values.
+      most: 999 of 1,000 values differ by no more than this, in steps. Where a float32 sum in Keras lands next to the
+        midpoint between two codes of an INT4 layer, file and model may take different codes: rarely, but then the
+        values are up to 18 INT8 steps apart.
       equal: Share of values that round to the same code.
       top1: Share of examples with the same largest entry.
       accuracy, accuracy_keras: Of the file and of the Keras model; None without labels.
@@ -47,7 +50,7 @@ class Agreement:
 
     def __str__(self) -> str:
         accuracy = ""
-        if self.accuracy is not None:
+        if self.accuracy is not None and self.accuracy_keras is not None:
             accuracy = f", accuracy {100 * self.accuracy:.2f} % (Keras {100 * self.accuracy_keras:.2f} %)"
         return (
             f"{self.output} ({self.kernels}): {100 * self.equal:.2f} % of values equal, 99.9 % of them at most "
@@ -60,7 +63,7 @@ class Agreement:
         return self.most <= steps + 0.01 and self.top1 >= top1  # the comparison itself is in float32
 
 
-def check(final, path: str | os.PathLike, data) -> list[Agreement]:
+def check(final: keras.Model, path: str | os.PathLike, data: tf.data.Dataset | Iterable[Any]) -> list[Agreement]:
     """Runs a file and the Keras model that it was made from on the same inputs.
 
     Args:
@@ -73,20 +76,32 @@ def check(final, path: str | os.PathLike, data) -> list[Agreement]:
       One `Agreement` per output and per set of kernels.
 
     Raises:
-      TypeError: The data are something else.
-      ValueError: The file is damaged, or does not fit the model; or the data do not.
-      FileNotFoundError: It is not there.
+      TypeError: The data are none of these.
+      ValueError: The file is damaged, or the file or the data do not fit the model.
+      FileNotFoundError: There is no such file.
+      ImportError: ai-edge-litert is not installed.
     """
     return check_all([final], path, data)[0]
 
 
-def check_all(models: list, path: str | os.PathLike, data) -> list[list[Agreement]]:
-    """`check` of several Keras models against one file, which runs once for all of them."""
+def check_all(
+    models: list[keras.Model], path: str | os.PathLike, data: tf.data.Dataset | Iterable[Any]
+) -> list[list[Agreement]]:
+    """`check` of several Keras models against one file, which runs once for all of them.
+
+    Returns:
+      For each model what `check` returns.
+
+    Raises:
+      TypeError, ValueError, FileNotFoundError, ImportError: As for `check`.
+    """
     programs = {kernels: Program(path, kernels, os.cpu_count() or 1) for kernels in KERNELS}
     for model in models:
         check_model(model)
         programs[KERNELS[0]].check_fits(model)
-    expected, labels, got = [[] for _ in models], [], {kernels: [] for kernels in KERNELS}
+    expected: list[list[list[np.ndarray]]] = [[] for _ in models]  # of each model, batch and output
+    got: dict[str, list[list[np.ndarray]]] = {kernels: [] for kernels in KERNELS}
+    labels: list[np.ndarray] = []
     for x, y, _ in batches.read(data, models[0], "data").in_order(_BATCH):
         for model, outputs in zip(models, expected):
             outputs.append([np.asarray(output) for output in tf.nest.flatten(model(x, training=False))])
@@ -94,7 +109,7 @@ def check_all(models: list, path: str | os.PathLike, data) -> list[list[Agreemen
         for kernels, program in programs.items():
             got[kernels].append(program([np.asarray(part) for part in _in_order(x, models[0])]))
     if not expected[0]:
-        raise ValueError("data has no batch to compare on.")
+        raise ValueError("data has no batch to compare.")
     truth = np.concatenate(labels) if labels else None
     return [
         [
@@ -113,18 +128,20 @@ def _joined(batches: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [np.concatenate(parts) for parts in zip(*batches)]
 
 
-def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
+def _agreement(
+    name: str, kernels: str, step: float | None, values: np.ndarray, reference: np.ndarray, labels: np.ndarray | None
+) -> Agreement:
     if step is None:
         step = float(np.abs(reference).max()) / _STEPS or 1.0
         apart = np.abs(values - reference) / step
         equal = np.mean(apart < 0.5)
     else:
-        # The Keras model's output is rounded to the codes of the file (it is on them already if trained for them).
+        # The Keras output is rounded to the codes of the file (where it already lies if it was trained for them).
         codes, wanted = (np.clip(np.rint(v / step), -128, 127) for v in (values, reference))
         apart = np.abs(codes - wanted)
         equal = np.mean(apart == 0)
     guesses, reference_guesses = (v.reshape(len(v), -1).argmax(-1) for v in (values, reference))
-    has_labels = labels is not None and labels.shape[1] == 1
+    classes = labels[:, 0] if labels is not None and labels.shape[1] == 1 else None
     return Agreement(
         name,
         kernels,
@@ -133,13 +150,13 @@ def _agreement(name, kernels, step, values, reference, labels) -> Agreement:
         float(np.quantile(apart, 0.999, method="higher")),
         float(equal),
         float(np.mean(guesses == reference_guesses)),
-        float(np.mean(guesses == labels[:, 0])) if has_labels else None,
-        float(np.mean(reference_guesses == labels[:, 0])) if has_labels else None,
+        None if classes is None else float(np.mean(guesses == classes)),
+        None if classes is None else float(np.mean(reference_guesses == classes)),
         len(values),
     )
 
 
-def _in_order(x, model) -> list:
+def _in_order(x: Any, model: keras.Model) -> list[Any]:
     """One array per input, in the order of the model's inputs, which that of a dict need not be."""
     names = [tensor.name.partition(":")[0] for tensor in tf.nest.flatten(model.inputs)]
     return [x[name] for name in names] if isinstance(x, dict) and set(names) <= set(x) else tf.nest.flatten(x)
@@ -151,11 +168,12 @@ class Program:
     Args:
       path: The file.
       kernels: "XNNPACK" or "built-in".
-      threads: As many as it may use.
+      threads: How many it may use.
 
     Raises:
       ValueError: The file is damaged.
-      FileNotFoundError: It is not there.
+      FileNotFoundError: There is no such file.
+      ImportError: ai-edge-litert is not installed.
     """
 
     def __init__(self, path: str | os.PathLike, kernels: str = KERNELS[0], threads: int = 1):
@@ -164,7 +182,7 @@ class Program:
         path = pathlib.Path(path)
         content = path.read_bytes()
         if content[4:8] != b"TFL3" or not _is_whole(content):
-            raise ValueError(f"{path} is no .tflite file, or is damaged: write it again.")
+            raise ValueError(f"{path} is not a .tflite file, or it is damaged: export it again.")
         resolvers = interpreter.OpResolverType
         resolver = resolvers.AUTO if kernels == KERNELS[0] else resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         try:
@@ -181,8 +199,12 @@ class Program:
         """Names of the outputs, in the model's order."""
         return [detail["name"] for detail in self._interpreter.get_output_details()]
 
-    def check_fits(self, model) -> None:
-        """Raises unless the model has these inputs and outputs."""
+    def check_fits(self, model: keras.Model) -> None:
+        """Raises unless a model has inputs and outputs of the file's shapes.
+
+        Raises:
+          ValueError: Gives the shapes of both.
+        """
         for what, details, tensors in (
             ("inputs", self._interpreter.get_input_details(), tf.nest.flatten(model.inputs)),
             ("outputs", self._interpreter.get_output_details(), tf.nest.flatten(model.outputs)),
@@ -196,7 +218,7 @@ class Program:
                 )
 
     def steps(self) -> list[float | None]:
-        """Per output: the scale of the int8 tensor that it comes from; None if it was computed in float."""
+        """Per output: the scale of the int8 tensor that it is dequantized from; None if it is computed in float."""
         names = self.output_names
         scales = {}
         for operation in self._interpreter._get_ops_details():
@@ -206,7 +228,7 @@ class Program:
         return [scales.get(d["index"]) for d, _ in zip(self._interpreter.get_output_details(), names)]
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Outputs of a batch."""
+        """Runs a batch. Args: an array [batch, ...] per input. Returns: an array [batch, ...] per output."""
         details = self._interpreter.get_input_details()
         if [tuple(d["shape"]) for d in details] != [x.shape for x in inputs]:
             for detail, x in zip(details, inputs):
@@ -218,12 +240,12 @@ class Program:
         return [self._interpreter.get_tensor(d["index"]) for d in self._interpreter.get_output_details()]
 
     def invoke(self) -> None:
-        """Runs once more on the same inputs: for timing."""
+        """Runs again on the same inputs, for timing."""
         self._interpreter.invoke()
 
 
 def _fit(shapes: list[tuple], wanted: list[tuple]) -> bool:
-    """True if shapes are those that are wanted; None is a size that Keras leaves open."""
+    """True if the shapes are the wanted ones, in which None is a size that Keras leaves open."""
     return list(map(len, shapes)) == list(map(len, wanted)) and all(
         n == m or m is None for shape, sizes in zip(shapes, wanted) for n, m in zip(shape, sizes)
     )

@@ -72,7 +72,7 @@ def test_a_wrong_or_damaged_file_is_refused(exported, tmp_path):
         with pytest.raises(ValueError, match=r"cut.tflite"):
             Program(tmp_path / "cut.tflite")
     (tmp_path / "noise.tflite").write_bytes(np.random.default_rng(0).bytes(3000))
-    with pytest.raises(ValueError, match="is no .tflite file, or is damaged"):
+    with pytest.raises(ValueError, match="is not a .tflite file, or it is damaged"):
         Program(tmp_path / "noise.tflite")
 
 

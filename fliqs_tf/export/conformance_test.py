@@ -185,7 +185,7 @@ def activation_row(name, onnx):
 
 ACTIVATIONS = {
     **{name: activation_row(name, EXACT) for name in TFLITE_ACTIVATIONS + ONNX_ACTIVATIONS},
-    **{name: activation_row(name, f"has the activation '{name}', which has no ONNX form") for name in NO_ACTIVATIONS},
+    **{name: activation_row(name, f"has the activation '{name}', which the ONNX exporter") for name in NO_ACTIVATIONS},
 }
 ACTIVATIONS = {name: case for name, case in ACTIVATIONS.items() if hasattr(keras.activations, name)}
 TABLE = {**LAYERS, **{f"activation {name}": case for name, case in ACTIVATIONS.items()}}

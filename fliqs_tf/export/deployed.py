@@ -154,7 +154,7 @@ def quantized_weight(name: str, quantizer, weight: tf.Tensor) -> QuantizedWeight
     return QuantizedWeight(fmt, values, scale)
 
 
-def scale_of(amax: np.ndarray, fmt: Format) -> np.ndarray:
+def scale_of(amax: np.ndarray | np.floating, fmt: Format) -> np.ndarray:
     """The scale that the rounding function takes: float32 amax / (largest value), never 0."""
     return np.maximum(np.asarray(amax, np.float32) / np.float32(fmt.max), np.finfo(np.float32).tiny)
 

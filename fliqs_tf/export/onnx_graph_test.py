@@ -95,9 +95,9 @@ def test_elementwise_operations_take_the_layout_that_all_values_have(graph):
         return graph.each(values, lambda a, b: graph.node("Add", [a, b]))
 
     both = add([onnx_graph.Value(4, last="x", first="x'"), onnx_graph.Value(4, first="y'")])
-    assert (both.first, both.last) == ("conv/Add", None)
+    assert (both.first, both.last) == ("conv/Add", "")
     one = add([onnx_graph.Value(4, last="x", first="x'"), onnx_graph.Value(4, last="y")])
-    assert (one.first, one.last) == (None, "conv/Add_2")
+    assert (one.first, one.last) == ("", "conv/Add_2")
     flat = add([onnx_graph.Value(2, last="x"), onnx_graph.Value(2, last="y")])
     assert flat.last == "conv/Add_3"
     assert [n[:2] for n in listed(graph)] == [("Add", ["x'", "y'"]), ("Add", ["x", "y"]), ("Add", ["x", "y"])]
@@ -107,9 +107,9 @@ def test_elementwise_operations_take_the_layout_that_all_values_have(graph):
 def test_operations_in_either_layout(graph):
     x = onnx_graph.Value(4, last="x")
     moved = graph.moved(x, "MaxPool", ["k"], strides=[2, 2])
-    assert (moved.rank, moved.last, moved.first) == (4, None, "conv/MaxPool")
+    assert (moved.rank, moved.last, moved.first) == (4, "", "conv/MaxPool")
     plain = graph.plain(x, "Reshape", ["shape"], rank=2)
-    assert (plain.rank, plain.last, plain.first) == (2, "conv/Reshape", None)
+    assert (plain.rank, plain.last, plain.first) == (2, "conv/Reshape", "")
     assert [n[:2] for n in listed(graph)] == [
         ("Transpose", ["x"]),
         ("MaxPool", ["conv/Transpose", "k"]),

@@ -1,15 +1,18 @@
-"""Layers of Keras as nodes of ONNX: one function for each kind, and the table of them."""
+"""Keras layers as ONNX nodes: one function per kind of layer, and the table of them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.export.onnx_formats import float_weight, quantized_input
+from fliqs_tf.export.onnx_formats import Weight, float_weight, quantized_input
 from fliqs_tf.export.onnx_graph import OnnxBuilder, Value
 from fliqs_tf.graph import copies
+from fliqs_tf.layers.quantizers import ActivationQuantizer
 
 _LAYERS = keras.layers
 
@@ -17,15 +20,15 @@ _LAYERS = keras.layers
 # ---- activations
 
 
-def _hard_sigmoid(builder, name):
+def _hard_sigmoid(builder: OnnxBuilder, name: str) -> str:
     return builder.node("HardSigmoid", [name], alpha=1 / 6 if IS_KERAS_3 else 0.2, beta=0.5)
 
 
-def _unary(operation, **attributes):
+def _unary(operation: str, **attributes: float) -> Callable[[OnnxBuilder, str], str]:
     return lambda builder, name: builder.node(operation, [name], **attributes)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[OnnxBuilder, str], str]] = {
     "relu": _unary("Relu"),
     "relu6": lambda builder, name: builder.node(
         "Clip", [name, builder.constant(np.float32(0)), builder.constant(np.float32(6))]
@@ -47,11 +50,19 @@ _ACTIVATIONS["swish"], _ACTIVATIONS["hard_swish"] = _ACTIVATIONS["silu"], _ACTIV
 _NONNEGATIVE = ("relu", "relu6", "sigmoid", "hard_sigmoid", "softplus", "exponential")
 
 
-def activation(builder: OnnxBuilder, function, x: Value) -> Value:
+def activation(builder: OnnxBuilder, function: Callable, x: Value) -> Value:
     """A value after an activation function of Keras.
 
+    Args:
+      builder: The file under construction; `builder.path` is the layer, for names and errors.
+      function: `layer.activation`.
+      x: The value before it.
+
+    Returns:
+      The value after it; `x` itself for "linear".
+
     Raises:
-      ValueError: A function without an ONNX form; names the layer and those that have one.
+      ValueError: The exporter does not support the function; names the layer, and the functions that it supports.
     """
     name = copies.function_name(function)
     if name == "linear":
@@ -63,18 +74,20 @@ def activation(builder: OnnxBuilder, function, x: Value) -> Value:
         )
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"Layer {builder.path!r} has the activation {name!r}, which has no ONNX form here. Known: "
+            f"Layer {builder.path!r} has the activation {name!r}, which the ONNX exporter does not support. Supported: "
             f"{', '.join(sorted([*_ACTIVATIONS, 'linear', 'softmax', 'log_softmax']))}."
         )
     return builder.each([x], lambda tensor: _ACTIVATIONS[name](builder, tensor), name in _NONNEGATIVE)
 
 
-def _relu(builder, layer, x):
+def _relu(builder: OnnxBuilder, layer: keras.layers.ReLU, x: Value) -> Value:
     most, slope, threshold = layer.max_value, float(layer.negative_slope), float(layer.threshold)
     if threshold:
-        raise ValueError(f"Layer {builder.path!r} is a ReLU with a threshold, which has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} is a ReLU with a threshold, which the ONNX exporter does not support."
+        )
 
-    def make(name):
+    def make(name: str) -> str:
         if slope:
             name = builder.node("LeakyRelu", [name], alpha=slope)
         if most is not None:
@@ -88,11 +101,11 @@ def _relu(builder, layer, x):
 # ---- layers with kernels: (builder, layer, x, weights, quantizer between two kernels) -> value without activation
 
 
-def _bias(builder, layer) -> list[str]:
+def _bias(builder: OnnxBuilder, layer: keras.layers.Layer) -> list[str]:
     return [builder.constant(np.asarray(layer.bias), "bias")] if layer.use_bias else []
 
 
-def _padding(layer, sizes) -> dict:
+def _padding(layer: keras.layers.Layer, sizes: Sequence[int]) -> dict[str, Any]:
     over = [(size - 1) * d for size, d in zip(sizes, _per_axis(getattr(layer, "dilation_rate", 1), len(sizes)))]
     if layer.padding == "causal":
         return {"pads": [over[0], 0]}
@@ -101,11 +114,11 @@ def _padding(layer, sizes) -> dict:
     return {"auto_pad": "SAME_UPPER" if layer.padding == "same" else "VALID"}
 
 
-def _per_axis(number, axes: int) -> list[int]:
+def _per_axis(number: int | tuple[int, ...] | list[int], axes: int) -> list[int]:
     return list(number) if isinstance(number, (tuple, list)) else [number] * axes
 
 
-def _conv(builder, layer, x, weights, _):
+def _conv(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None) -> Value:
     (kernel,) = weights.values()
     move = lambda k: k.transpose(k.ndim - 1, k.ndim - 2, *range(k.ndim - 2))  # noqa: E731
     inputs = [float_weight(builder, kernel, "kernel", move), *_bias(builder, layer)]
@@ -115,11 +128,13 @@ def _conv(builder, layer, x, weights, _):
     )  # fmt: skip
 
 
-def _depthwise_move(k):
+def _depthwise_move(k: np.ndarray) -> np.ndarray:
     return k.transpose(2, 3, 0, 1).reshape(-1, 1, *k.shape[:2])
 
 
-def _depthwise(builder, layer, x, weights, _):
+def _depthwise(
+    builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None
+) -> Value:
     (kernel,) = weights.values()
     shape = (kernel if isinstance(kernel, np.ndarray) else kernel.values).shape
     inputs = [float_weight(builder, kernel, "kernel", _depthwise_move), *_bias(builder, layer)]
@@ -129,7 +144,13 @@ def _depthwise(builder, layer, x, weights, _):
     )  # fmt: skip
 
 
-def _separable(builder, layer, x, weights, middle):
+def _separable(
+    builder: OnnxBuilder,
+    layer: keras.layers.Layer,
+    x: Value,
+    weights: Mapping[str, Weight],
+    middle: ActivationQuantizer | None,
+) -> Value:
     kernel = weights["depthwise_kernel"]
     shape = (kernel if isinstance(kernel, np.ndarray) else kernel.values).shape
     inputs = [float_weight(builder, kernel, "depthwise_kernel", _depthwise_move)]
@@ -145,13 +166,15 @@ def _separable(builder, layer, x, weights, middle):
     return builder.moved(x, "Conv", [pointwise, *_bias(builder, layer)])
 
 
-def _conv_transpose(builder, layer, x, weights, _):
+def _conv_transpose(
+    builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None
+) -> Value:
     if layer.output_padding is not None or _per_axis(layer.dilation_rate, 2) != [1, 1]:
-        raise ValueError(f"Layer {builder.path!r} has output_padding or dilation, which has no ONNX form here.")
+        raise ValueError(f"Layer {builder.path!r} has output_padding or dilation, unsupported by the ONNX exporter.")
     (kernel,) = weights.values()
     inputs = [float_weight(builder, kernel, "kernel", lambda k: k.transpose(3, 2, 0, 1)), *_bias(builder, layer)]
     strides = _per_axis(layer.strides, 2)
-    # The output is as large as the input of the convolution that it is the gradient of.
+    # A transposed convolution is the gradient of a convolution: its output is as large as that one's input.
     over = [k - s for k, s in zip(layer.kernel_size, strides)]
     before = [max(o, 0) // 2 if layer.padding == "same" else 0 for o in over]
     after = [max(o, 0) - b if layer.padding == "same" else 0 for o, b in zip(over, before)]
@@ -160,8 +183,8 @@ def _conv_transpose(builder, layer, x, weights, _):
     )
 
 
-def _dense(builder, layer, x, weights, _):
-    # Not MatMul, and not Gemm of the kernel as it is: onnxruntime makes MatMulNBits of them, which by default rounds
+def _dense(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None) -> Value:
+    # Neither MatMul nor Gemm with the kernel as it is: onnxruntime turns both into MatMulNBits, which by default rounds
     # the inputs of INT4 weights to eight bits.
     if x.rank == 2:
         kernel = float_weight(builder, weights["kernel"], "kernel", np.transpose)
@@ -171,14 +194,14 @@ def _dense(builder, layer, x, weights, _):
     return _product(builder, layer, x, kernel, f"{axes}y,yz->{axes}z")
 
 
-def _einsum(builder, layer, x, weights, _):
+def _einsum(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, weights: Mapping[str, Weight], _: None) -> Value:
     equation = layer.equation.replace(" ", "")
     if "." in equation:
         raise ValueError(f"Layer {builder.path!r} has the equation {equation!r}; write it without '...'.")
     return _product(builder, layer, x, float_weight(builder, weights["kernel"], "kernel"), equation)
 
 
-def _product(builder, layer, x, kernel: str, equation: str):
+def _product(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value, kernel: str, equation: str) -> Value:
     name = builder.node("Einsum", [builder.last(x), kernel], equation=equation)
     result = Value(len(equation.split("->")[1]), last=name)
     bias = getattr(layer, "bias", None)
@@ -187,13 +210,13 @@ def _product(builder, layer, x, kernel: str, equation: str):
     return Value(result.rank, last=builder.node("Add", [name, builder.constant(np.asarray(bias), "bias")]))
 
 
-# ---- layers without: (builder, layer, *inputs) -> value
+# ---- layers without kernels: (builder, layer, *inputs) -> value
 
 
-def _norm(builder, layer, x):
+def _norm(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
     if axis not in (-1, x.rank - 1):
-        raise ValueError(f"Layer {builder.path!r} normalizes axis {axis}; ONNX files take the last.")
+        raise ValueError(f"Layer {builder.path!r} normalizes axis {axis}; the ONNX exporter supports only the last.")
     mean, variance = np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones_like(mean)
     beta = np.asarray(layer.beta) if layer.center else np.zeros_like(mean)
@@ -202,13 +225,17 @@ def _norm(builder, layer, x):
     return builder.moved(x, "BatchNormalization", inputs, epsilon=float(layer.epsilon))
 
 
-def _layer_norm(builder, layer, x):
+def _layer_norm(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) and len(layer.axis) == 1 else layer.axis
     if axis not in (-1, x.rank - 1) or getattr(layer, "rms_scaling", False):
-        raise ValueError(f"Layer {builder.path!r} does not normalize the last axis only; it has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} is no plain normalization of its last axis; the ONNX exporter supports no other."
+        )
     size = int((layer.gamma if layer.scale else layer.beta).shape[0]) if layer.scale or layer.center else None
     if size is None:
-        raise ValueError(f"Layer {builder.path!r} has neither scale nor center; it has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} has neither scale nor center, which the ONNX exporter does not support."
+        )
     gamma = np.asarray(layer.gamma) if layer.scale else np.ones(size, np.float32)
     inputs = [builder.constant(gamma, "gamma")]
     if layer.center:
@@ -216,10 +243,10 @@ def _layer_norm(builder, layer, x):
     return builder.plain(x, "LayerNormalization", inputs, axis=-1, epsilon=float(layer.epsilon))
 
 
-def _of_one_rank(builder, layer, inputs) -> list[Value]:
-    """The inputs of a merging layer; those of a lower rank get axes behind that of examples, where Keras has them.
+def _of_one_rank(builder: OnnxBuilder, layer: keras.layers.Layer, inputs: Sequence[Value]) -> list[Value]:
+    """The inputs of a merging layer, all of one rank: Keras puts missing axes right after the batch axis.
 
-    Operators between tensors align their axes at the end, as ONNX does.
+    Operators between tensors, such as x + y, need nothing: they align axes at the end, as ONNX does.
     """
     rank = max(x.rank for x in inputs)
     if not isinstance(layer, _LAYERS.Layer):
@@ -232,9 +259,9 @@ def _of_one_rank(builder, layer, inputs) -> list[Value]:
     ]
 
 
-def _merge(operation, keeps_sign=True):
-    def convert(builder, layer, *inputs):
-        def make(name, *others):
+def _merge(operation: str, keeps_sign: bool = True) -> Callable[..., Value]:
+    def convert(builder: OnnxBuilder, layer: keras.layers.Layer, *inputs: Value) -> Value:
+        def make(name: str, *others: str) -> str:
             for other in others:
                 name = builder.node(operation, [name, other])
             return name
@@ -246,26 +273,28 @@ def _merge(operation, keeps_sign=True):
     return convert
 
 
-def _average(builder, layer, *inputs):
+def _average(builder: OnnxBuilder, layer: keras.layers.Layer, *inputs: Value) -> Value:
     is_nonnegative = all(v.is_nonnegative for v in inputs)
     return builder.each(
         _of_one_rank(builder, layer, inputs), lambda *names: builder.node("Mean", names), is_nonnegative
     )
 
 
-def _concatenate(builder, layer, *inputs):
+def _concatenate(builder: OnnxBuilder, layer: keras.layers.Layer, *inputs: Value) -> Value:
     rank = inputs[0].rank
     axis = layer.axis % rank
-    moved = rank > 2 and all(v.first is not None for v in inputs)
+    moved = rank > 2 and all(v.first for v in inputs)
     if moved:
         axis = {0: 0, rank - 1: 1}.get(axis, axis + 1)
     names = [builder.first(v) if moved else builder.last(v) for v in inputs]
-    made = {"first" if moved else "last": builder.node("Concat", names, axis=axis)}
-    return Value(rank, **made, is_nonnegative=all(v.is_nonnegative for v in inputs))
+    made, is_nonnegative = builder.node("Concat", names, axis=axis), all(v.is_nonnegative for v in inputs)
+    if moved:
+        return Value(rank, first=made, is_nonnegative=is_nonnegative)
+    return Value(rank, last=made, is_nonnegative=is_nonnegative)
 
 
-def _pool(operation, **attributes):
-    def convert(builder, layer, x):
+def _pool(operation: str, **attributes: Any) -> Callable[..., Value]:
+    def convert(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
         sizes = _per_axis(layer.pool_size, x.rank - 2)
         made = builder.moved(
             x, operation, kernel_shape=sizes, strides=_per_axis(layer.strides, x.rank - 2), **_padding(layer, sizes),
@@ -276,8 +305,8 @@ def _pool(operation, **attributes):
     return convert
 
 
-def _global_pool(operation):
-    def convert(builder, layer, x):
+def _global_pool(operation: str) -> Callable[..., Value]:
+    def convert(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
         axes = builder.constant(np.arange(1, x.rank - 1))
         rank = x.rank if layer.keepdims else 2
         made = builder.plain(x, operation, [axes], rank=rank, keepdims=int(layer.keepdims))
@@ -286,26 +315,26 @@ def _global_pool(operation):
     return convert
 
 
-def _same(builder, layer, x):
+def _same(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     return x
 
 
-def _reshape(builder, layer, x):
+def _reshape(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     sizes = np.array([0, *layer.target_shape], np.int64)  # 0: as in the input
     made = builder.plain(x, "Reshape", [builder.constant(sizes)], rank=len(sizes))
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _flatten(builder, layer, x):
+def _flatten(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     made = builder.plain(x, "Flatten", rank=2, axis=1)
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _permute(builder, layer, x):
+def _permute(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     return builder.plain(x, "Transpose", perm=[0, *layer.dims])
 
 
-def _zero_padding(builder, layer, x):
+def _zero_padding(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     pads = layer.padding if isinstance(layer.padding[0], (tuple, list)) else [layer.padding]
     before, after = zip(*pads)
     sizes = np.array([0, *before, 0, 0, *after, 0], np.int64)
@@ -313,7 +342,7 @@ def _zero_padding(builder, layer, x):
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _cropping(builder, layer, x):
+def _cropping(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     crops = layer.cropping if isinstance(layer.cropping[0], (tuple, list)) else [layer.cropping]
     starts = np.array([before for before, _ in crops], np.int64)
     ends = np.array([-after if after else np.iinfo(np.int64).max for _, after in crops], np.int64)
@@ -321,9 +350,11 @@ def _cropping(builder, layer, x):
     return builder.plain(x, "Slice", [builder.constant(array) for array in (starts, ends, axes)])
 
 
-def _up_sampling(builder, layer, x):
+def _up_sampling(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     if layer.interpolation != "nearest":
-        raise ValueError(f"Layer {builder.path!r} interpolates {layer.interpolation!r}; ONNX files take 'nearest'.")
+        raise ValueError(
+            f"Layer {builder.path!r} interpolates {layer.interpolation!r}; the ONNX exporter supports only 'nearest'."
+        )
     scales = builder.constant(np.array([1, 1, *layer.size], np.float32))
     made = builder.moved(
         x, "Resize", ["", scales], mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
@@ -331,28 +362,30 @@ def _up_sampling(builder, layer, x):
     return dataclasses.replace(made, is_nonnegative=x.is_nonnegative)
 
 
-def _rescaling(builder, layer, x):
+def _rescaling(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     scale, offset = (builder.constant(np.asarray(v, np.float32)) for v in (layer.scale, layer.offset))
     return Value(x.rank, last=builder.node("Add", [builder.node("Mul", [builder.last(x), scale]), offset]))
 
 
-def _leaky(builder, layer, x):
+def _leaky(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     slope = layer.negative_slope if hasattr(layer, "negative_slope") else layer.alpha
     return builder.each([x], lambda name: builder.node("LeakyRelu", [name], alpha=float(slope)))
 
 
-def _prelu(builder, layer, x):
+def _prelu(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     slope = builder.constant(np.asarray(layer.alpha), "alpha")
     return Value(x.rank, last=builder.node("PRelu", [builder.last(x), slope]))
 
 
-def _softmax(builder, layer, x):
+def _softmax(builder: OnnxBuilder, layer: keras.layers.Layer, x: Value) -> Value:
     if not isinstance(layer.axis, int):
-        raise ValueError(f"Layer {builder.path!r} is a softmax over several axes, which has no ONNX form here.")
+        raise ValueError(
+            f"Layer {builder.path!r} is a softmax over several axes, which the ONNX exporter does not support."
+        )
     return dataclasses.replace(builder.plain(x, "Softmax", axis=layer.axis), is_nonnegative=True)
 
 
-# Operators between tensors, which Keras 3 has in place of layers, by the name of their class.
+# Operators between tensors (x + y), which Keras 3 records in place of layers, by the name of their class.
 FUNCTIONS = {
     "Add": _merge("Add"),
     "Subtract": _merge("Sub", keeps_sign=False),
@@ -360,7 +393,7 @@ FUNCTIONS = {
     "Maximum": _merge("Max"),
     "Minimum": _merge("Min"),
 }
-CONVERTERS = {
+CONVERTERS: dict[type, Callable[..., Value]] = {
     _LAYERS.Dense: _dense,
     _LAYERS.EinsumDense: _einsum,
     _LAYERS.Conv1D: _conv,

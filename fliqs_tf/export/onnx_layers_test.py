@@ -61,10 +61,10 @@ def test_activations(name, operations, is_nonnegative):
     assert result.is_nonnegative == is_nonnegative
 
 
-def test_an_activation_that_has_no_form_names_those_that_have():
+def test_an_activation_that_is_not_supported_names_those_that_are():
     graph = onnx_graph.OnnxBuilder()
     graph.path = "fc"
-    with pytest.raises(ValueError, match="Layer 'fc' has the activation '<lambda>', .* Known: elu, .*tanh"):
+    with pytest.raises(ValueError, match="Layer 'fc' has the activation '<lambda>', .* Supported: elu, .*tanh"):
         onnx_layers.activation(graph, lambda x: x, given(2))
 
 
@@ -109,7 +109,7 @@ def test_a_convolution_has_channels_first():
     found, attributes, result, graph = converted(layer, given(), weights=kernel(3, 3, 4, 2))
     assert found == ["Transpose", "Conv"]
     assert attributes == {"auto_pad": b"SAME_UPPER", "dilations": [1, 1], "group": 1, "strides": [2, 2]}
-    assert result.first is not None and result.last is None
+    assert result.first and not result.last
     stored = constant(graph, "conv/kernel")
     assert stored.shape == (2, 4, 3, 3)
     assert stored[1, 2, 0, 1] == kernel(3, 3, 4, 2)["kernel"][0, 1, 2, 1]

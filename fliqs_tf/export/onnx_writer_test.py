@@ -290,10 +290,16 @@ def refused(tmp_path, model, message):
 
 def test_formats_without_a_type_name_the_layer_and_what_takes_it(tmp_path):
     model, _ = quantized_dense("INT4", "E3M2")
-    refused(tmp_path, model, "Layer 'fc' has its input in E3M2, which ONNX has no type for; fliqs_tf.export.packed has")
+    refused(
+        tmp_path,
+        model,
+        "Layer 'fc' has its input in E3M2, for which ONNX has no type; fliqs_tf.export.packed writes it",
+    )
     model, _ = quantized_dense("E3M6", None)
     refused(
-        tmp_path, model, "Layer 'fc' has its weights in E3M6, which ONNX has no type for; fliqs_tf.export.packed has"
+        tmp_path,
+        model,
+        "Layer 'fc' has its weights in E3M6, for which ONNX has no type; fliqs_tf.export.packed writes it",
     )
 
 

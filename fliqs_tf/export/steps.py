@@ -1,4 +1,4 @@
-"""The steps of an integer network, as data: operations on values, scales of codes, kernels with their biases."""
+"""The steps of an integer network as data: operations on values, scales of codes, kernels with their biases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Step:
     Attributes:
       kind: "quantize", "linear", "affine", "activation", or the name of an operation without weights.
       path: The layer that it comes from.
-      inputs, output: Values.
-      shapes: Of one example: that of every input, then that of the output.
-      activation: What follows at once: "linear", "relu", "relu6".
+      inputs, output: The values that it reads and the one that it makes.
+      shapes: Shape of every input and then of the output, of one example.
+      activation: The activation that it ends with: "linear", "relu", "relu6".
       options: What the kind needs, see `lowering`.
       linear: The weights of a "linear" step.
-      shift: The Keras variable that an offset of the output, per channel, can be added to; None if there is none.
-      last: The call whose output the step gives, the last one of those that it stands for: path of the layer, and
-        `dataflow.Call.index`. None if the output is inside of a call.
+      shift: The Keras variable to which an offset of the output, per channel, can be added; None if there is none.
+      last: The last of the calls that the step stands for, whose output it makes: path of the layer, and
+        `dataflow.Call.index`. None if its output lies inside a call.
     """
 
     kind: str
@@ -61,17 +61,17 @@ class ActivationScale:
     @property
     def scale(self) -> np.float32:
         """amax / largest, as the rounding function computes it."""
-        # A tensor that is always 0 has no range; LiteRT wants 6 / scale to be an int32.
-        return np.maximum(deployed.scale_of(self.amax, self.format), np.float32(2.0**-27))[()]
+        # A tensor that is always 0 has no range, and LiteRT needs 6 / scale to fit into int32.
+        return np.float32(np.maximum(deployed.scale_of(self.amax, self.format), 2.0**-27))
 
     @property
     def spread(self) -> int:
-        """How many times finer than the format's the steps of the int8 codes are that hold it, see export_tflite."""
+        """How many int8 codes there are to one code of the format, see `tflite_writer`."""
         return 127 // self.largest
 
     @property
     def int8_scale(self) -> np.float32:
-        """What one int8 code is worth."""
+        """The value of one int8 code."""
         return self.scale / np.float32(self.spread)
 
 
@@ -95,8 +95,19 @@ class Linear:
     values: np.ndarray
     bias: np.ndarray
 
+    @property
+    def integer_codes(self) -> np.ndarray:
+        """`codes`, where there must be some.
+
+        Raises:
+          ValueError: The weights are of a float format.
+        """
+        if self.codes is None:
+            raise ValueError(f"Weights in {self.format} have no integer codes.")
+        return self.codes
+
     def then(self, gain: np.ndarray, offset: np.ndarray) -> Linear:
-        """The same followed by gain * y + offset, per channel."""
+        """This kernel followed by gain * y + offset, per channel: float64 [channels] each."""
         return dataclasses.replace(
             self,
             codes=None if self.codes is None else np.where(gain < 0, -self.codes, self.codes) * (gain != 0),
@@ -108,7 +119,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class IntegerNetwork:
-    """Steps in the order of execution; inputs and outputs as in `dataflow.Dataflow`."""
+    """Steps in the order of execution, with inputs and outputs as in `dataflow.Dataflow`."""
 
     inputs: tuple[tuple[int, str, tuple, str], ...]
     steps: list[Step]
@@ -126,7 +137,7 @@ class IntegerNetwork:
 
 
 def ones(size: tuple[int, int], channels: int) -> Linear:
-    """A depthwise kernel of ones, with codes as large as they get: biases are then fine."""
+    """A depthwise kernel of ones, [*size, channels]. Its codes are the largest, so that biases have fine steps."""
     shape = (*size, channels)
     codes, scale = np.full(shape, 127, np.int8), np.full(channels, 1 / 127)
     return Linear("depthwise", Format("INT8"), codes, scale, np.ones(shape), np.zeros(channels))

@@ -1,7 +1,7 @@
-"""What the targets of `fliqs_tf.export` do with a format: one table per target, and pure functions over formats.
+"""What each target of `fliqs_tf.export` does with a format, as pure functions over formats.
 
 * native: the target has the format.
-* emulated: it computes the same, or what the answer says, in a wider format.
+* emulated: it computes the same, or what the reason given says, in a wider format.
 * cannot: the exporter refuses.
 """
 
@@ -22,7 +22,7 @@ class Run:
 
     Attributes:
       how: "native", "emulated" or "cannot".
-      why: In what way, or why not; "" if there is nothing to say.
+      why: How it is emulated, or why it cannot run; "" if there is nothing to say.
     """
 
     how: str
@@ -75,7 +75,7 @@ ONNX_TYPES = {
 
 
 def onnx_weights(fmt: Format) -> str | None:
-    """The format whose ONNX type holds the weights of a format, all of its values among its own; None if none does."""
+    """The format whose ONNX type stores weights of a format, because it has all of its values; None if none has."""
     if fmt.name in ("BF16", "FP32") or fmt.name in ONNX_TYPES:
         return fmt.name
     if fmt.is_integer:
@@ -84,7 +84,7 @@ def onnx_weights(fmt: Format) -> str | None:
 
 
 def onnx_inputs(fmt: Format) -> str | None:
-    """The format whose QuantizeLinear rounds inputs as a format does, but for clipping; None if none does."""
+    """The format whose QuantizeLinear rounds inputs as a format does, clipping aside; None if none does."""
     return onnx_weights(fmt) if fmt.is_integer or fmt.name in ONNX_TYPES or not fmt.is_scaled else None
 
 
@@ -118,7 +118,7 @@ _TABLE = {"tflite": _tflite, "onnx": _onnx, "packed": _packed}
 
 
 def runs(weights: Format | str, inputs: Format | str, target: str, kind: str | None = None) -> Run:
-    """How a target runs a layer of two formats.
+    """How a target runs a layer whose weights and inputs have given formats.
 
     >>> runs("INT8", "INT8", "tflite")
     Run(how='native', why='')
@@ -144,10 +144,10 @@ def supported_formats(space: SpaceLike, target: str, tensors: str = "together") 
     Args:
       space: Anything that `Space` takes.
       target: "tflite", "onnx" or "packed".
-      tensors: As for `fliqs_tf.wrap`: what else has the format.
+      tensors: As for `fliqs_tf.wrap`: with "weights" inputs are in float, otherwise in the same format.
 
     Raises:
-      ValueError: Unknown target, or none of the formats runs there.
+      ValueError: Unknown target, or the target runs none of the formats.
     """
     formats = Space(space).formats
     kept = [f for f in formats if runs(f, "FP32" if tensors == "weights" else f, target).how != CANNOT]

@@ -1,4 +1,4 @@
-"""A `.tflite` file as tensors and operations: what LiteRT reads, and no more than this package writes.
+"""A `.tflite` file as tensors and operations: only what this package writes of the format.
 
     graph = TfliteFile()
     x = graph.tensor("x", (1, 8), np.float32)
@@ -12,15 +12,17 @@ Source of the format: TensorFlow Lite's schema.fbs, through the classes that ai-
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fliqs_tf.numerics import encoding
 
 # Operation -> the lowest version of it that has int8 (and, where it matters here, int4) kernels, and the name of its
-# options. Source: tensorflow/compiler/mlir/lite/tools/versioning/op_version.cc. Float forms run under these as well.
+# options. Source: tensorflow/compiler/mlir/lite/tools/versioning/op_version.cc. These versions run float kernels too.
 _OPERATIONS = {
     "ADD": (2, "AddOptions"),
     "AVERAGE_POOL_2D": (2, "Pool2DOptions"),
@@ -44,7 +46,12 @@ _OPERATIONS = {
     "TANH": (1, None),
 }
 _INT4_VERSION = {"CONV_2D": 7, "FULLY_CONNECTED": 10}
-_TYPES = {np.dtype(np.float32): "FLOAT32", np.dtype(np.int8): "INT8", np.dtype(np.int32): "INT32", "int4": "INT4"}
+_TYPES: dict[np.dtype | str, str] = {
+    np.dtype(np.float32): "FLOAT32",
+    np.dtype(np.int8): "INT8",
+    np.dtype(np.int32): "INT32",
+    "int4": "INT4",
+}
 _ALIGNMENT = 16
 
 
@@ -54,8 +61,8 @@ class QuantizationParameters:
 
     Attributes:
       scale: A number, or one per channel.
-      zero_point: Of all channels.
-      axis: That of the channels, if there are several scales.
+      zero_point: The code of 0, in all channels.
+      axis: The axis of the channels, if there are several scales.
     """
 
     scale: float | np.ndarray
@@ -63,25 +70,45 @@ class QuantizationParameters:
     axis: int = 0
 
 
+class _Tensor(NamedTuple):
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype | str
+    parameters: QuantizationParameters | None
+    data: np.ndarray | None
+
+
+class _Operation(NamedTuple):
+    name: str
+    inputs: list[int]
+    outputs: list[int]
+    options: dict[str, Any]
+
+
 class TfliteFile:
     """Tensors and operations in the order of execution, and the bytes of the file."""
 
-    def __init__(self):
-        self.tensors: list[tuple] = []
-        self.operations: list[tuple] = []
+    def __init__(self) -> None:
+        self.tensors: list[_Tensor] = []
+        self.operations: list[_Operation] = []
         self._names: set[str] = set()
 
     def tensor(
-        self, name: str, shape, dtype, parameters: QuantizationParameters | None = None, data: np.ndarray | None = None
+        self,
+        name: str,
+        shape: Sequence[int | None],
+        dtype: DTypeLike,
+        parameters: QuantizationParameters | None = None,
+        data: np.ndarray | None = None,
     ) -> int:
         """Adds a tensor.
 
         Args:
-          name: For people; made unique.
-          shape: Of an example batch; -1 or None in front for an open batch size.
-          dtype: numpy type, or "int4" (data: codes of -7..7).
-          parameters: Meaning of the codes.
-          data: Values of a constant.
+          name: A name for people to read; made unique.
+          shape: Shape with the batch axis; -1 or None in front leaves the batch size open.
+          dtype: A NumPy dtype, or "int4" (data: codes in -7..7).
+          parameters: What its codes mean; None for float32.
+          data: Values of a constant; None for a tensor that is computed.
 
         Returns:
           Its index.
@@ -90,25 +117,36 @@ class TfliteFile:
         while unique in self._names:
             unique, count = f"{name}_{count}", count + 1
         self._names.add(unique)
-        key = dtype if dtype == "int4" else np.dtype(dtype)
-        self.tensors.append((unique, tuple(shape), key, parameters, data))
+        stored = "int4" if dtype == "int4" else np.dtype(dtype)
+        self.tensors.append(_Tensor(unique, tuple(shape), stored, parameters, data))
         return len(self.tensors) - 1
 
-    def constant(self, name: str, data: ArrayLike, dtype: Any, parameters: QuantizationParameters | None = None) -> int:
+    def constant(
+        self, name: str, data: ArrayLike, dtype: DTypeLike, parameters: QuantizationParameters | None = None
+    ) -> int:
         """Adds a tensor whose values stay; arguments as for `tensor`."""
         data = np.asarray(data)
         return self.tensor(name, data.shape, dtype, parameters, data)
 
-    def operation(self, name: str, inputs: list[int], outputs: list[int], **options) -> None:
-        """Adds an operation; `options` are the fields of its options in the schema, constants by number."""
-        self.operations.append((name, list(inputs), list(outputs), options))
-
-    def to_bytes(self, inputs: list[int], outputs: list[int], description: str) -> bytes:
-        """The file.
+    def operation(self, name: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
+        """Adds an operation.
 
         Args:
-          inputs, outputs: Tensors that the caller of the network sets and reads.
-          description: One line about the file, kept in it.
+          name: Its name in the schema, one of those in `_OPERATIONS`.
+          inputs, outputs: Tensors, by index.
+          **options: Fields of its options in the schema, enumerations by number.
+        """
+        self.operations.append(_Operation(name, list(inputs), list(outputs), options))
+
+    def to_bytes(self, inputs: Sequence[int], outputs: Sequence[int], description: str) -> bytes:
+        """The content of the file.
+
+        Args:
+          inputs, outputs: The tensors that a caller sets and reads.
+          description: One line about the file, which it holds.
+
+        Raises:
+          AttributeError: An operation was given an option that the schema does not have.
         """
         import flatbuffers
         from ai_edge_litert import schema_py_generated as schema
@@ -119,12 +157,12 @@ class TfliteFile:
         model = schema.ModelT()
         model.version, model.description, model.subgraphs = 3, description, [graph]
         model.buffers, model.operatorCodes = [schema.BufferT()], []  # buffer 0 is the empty one
-        for name, shape, dtype, parameters, data in self.tensors:
-            graph.tensors.append(self._tensor(schema, model, name, shape, dtype, parameters, data))
+        for tensor in self.tensors:
+            graph.tensors.append(_schema_tensor(schema, model, tensor))
         operator_codes: dict[tuple, int] = {}
         for name, ins, outs, options in self.operations:
             version, options_class = _OPERATIONS[name]
-            if name in _INT4_VERSION and self.tensors[ins[1]][2] == "int4":
+            if name in _INT4_VERSION and self.tensors[ins[1]].dtype == "int4":
                 version = _INT4_VERSION[name]
             if (name, version) not in operator_codes:
                 operator_codes[name, version] = len(operator_codes)
@@ -144,15 +182,15 @@ class TfliteFile:
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
 
-    def _signature(self, schema, inputs: list[int], outputs: list[int]):
-        """The names by which `get_signature_runner` takes inputs and gives outputs: those of the tensors."""
+    def _signature(self, schema: types.ModuleType, inputs: Sequence[int], outputs: Sequence[int]) -> Any:
+        """The names that `get_signature_runner` knows inputs and outputs by: those of the tensors."""
         signature = schema.SignatureDefT()
         signature.signatureKey, signature.subgraphIndex = "serving_default", 0
         signature.inputs, signature.outputs = (self._named(schema, tensors) for tensors in (inputs, outputs))
         return signature
 
-    def _named(self, schema, tensors: list[int]) -> list:
-        found, names = [], [self.tensors[tensor][0] for tensor in tensors]
+    def _named(self, schema: types.ModuleType, tensors: Sequence[int]) -> list[Any]:
+        found, names = [], [self.tensors[tensor].name for tensor in tensors]
         for i, tensor in enumerate(tensors):
             entry = schema.TensorMapT()
             entry.name = names[i] if names.count(names[i]) == 1 else f"{names[i]}_{i}"
@@ -160,34 +198,36 @@ class TfliteFile:
             found.append(entry)
         return found
 
-    def _tensor(self, schema, model, name, shape, dtype, parameters, data):
-        tensor = schema.TensorT()
-        tensor.name, tensor.type = name, getattr(schema.TensorType, _TYPES[dtype])
-        tensor.shape = [1 if n in (None, -1) else int(n) for n in shape]
-        if shape and shape[0] in (None, -1):
-            tensor.shapeSignature = [-1, *tensor.shape[1:]]
-        if parameters is not None:
-            quantization = schema.QuantizationParametersT()
-            scales = np.atleast_1d(np.asarray(parameters.scale, np.float32))
-            quantization.scale = scales
-            quantization.zeroPoint = np.full(scales.shape, parameters.zero_point, np.int64)
-            quantization.quantizedDimension = parameters.axis if scales.size > 1 else 0
-            tensor.quantization = quantization
-        tensor.buffer = 0
-        if data is not None:
-            buffer = schema.BufferT()
-            raw = (
-                encoding.pack(encoding.encode(data, "INT4"), 4)
-                if dtype == "int4"
-                else np.ascontiguousarray(data, dtype)
-            )
-            buffer.data = np.frombuffer(raw.tobytes(), np.uint8)
-            tensor.buffer = len(model.buffers)
-            model.buffers.append(buffer)
-        return tensor
+
+def _schema_tensor(schema: types.ModuleType, model: Any, tensor: _Tensor) -> Any:
+    """A tensor as the schema has it; its data become a buffer of the model."""
+    made = schema.TensorT()
+    made.name, made.type = tensor.name, getattr(schema.TensorType, _TYPES[tensor.dtype])
+    made.shape = [1 if n is None or n == -1 else int(n) for n in tensor.shape]
+    if tensor.shape and tensor.shape[0] in (None, -1):
+        made.shapeSignature = [-1, *made.shape[1:]]
+    if tensor.parameters is not None:
+        quantization = schema.QuantizationParametersT()
+        scales = np.atleast_1d(np.asarray(tensor.parameters.scale, np.float32))
+        quantization.scale = scales
+        quantization.zeroPoint = np.full(scales.shape, tensor.parameters.zero_point, np.int64)
+        quantization.quantizedDimension = tensor.parameters.axis if scales.size > 1 else 0
+        made.quantization = quantization
+    made.buffer = 0
+    if tensor.data is not None:
+        buffer = schema.BufferT()
+        raw = (
+            encoding.pack(encoding.encode(tensor.data, "INT4"), 4)
+            if tensor.dtype == "int4"
+            else np.ascontiguousarray(tensor.data, tensor.dtype)
+        )
+        buffer.data = np.frombuffer(raw.tobytes(), np.uint8)
+        made.buffer = len(model.buffers)
+        model.buffers.append(buffer)
+    return made
 
 
-def _operator_code(schema, name: str, version: int):
+def _operator_code(schema: types.ModuleType, name: str, version: int) -> Any:
     code = schema.OperatorCodeT()
     code.builtinCode = getattr(schema.BuiltinOperator, name)
     code.deprecatedBuiltinCode = min(code.builtinCode, 127)

@@ -1,4 +1,4 @@
-"""Kernels and biases in the form that LiteRT's integer kernels take."""
+"""Weights and biases as LiteRT's integer kernels take them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ import numpy as np
 from fliqs_tf.export.steps import Linear
 
 _LARGEST = 127
-# Biases are int32, and accumulators of a few thousand products must fit beside them.
+# Biases are int32, and must leave room for a sum of a few thousand products.
 _LARGEST_BIAS = 2**30
 
 
 def with_int32_biases(
     path: str, linear: Linear, source_scale: float, target_scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scale, codes, bias as int32) with scales and biases that kernels can take.
+    """Scales, codes and biases within the limits of the kernels.
 
-    Biases are multiples of (input scale * weight scale). Where batch normalization has nearly switched off a channel
-    that scale is too small for int32 to reach the bias: it grows until the bias fits, and the codes shrink with it,
-    which moves no sum by more than a few hundredths of an output step. A channel whose products are below a
-    thousandth of a step altogether loses its codes, so that its scale is not too small for the kernels either.
+    Biases are multiples of (input scale * weight scale). Where batch normalization has nearly switched a channel off,
+    that product is so small that the bias does not fit into int32: the weight scale then grows until it fits, and the
+    codes shrink with it, which moves no sum by more than a few hundredths of an output step. In a channel whose
+    products together stay below a thousandth of a step the codes become 0, so that its scale need not be that small.
+
+    Args:
+      path: Path of the layer, for errors.
+      linear: Its kernel, in an integer format.
+      source_scale, target_scale: Values of one code of the input and of the output.
+
+    Returns:
+      (scale float64 [channels], codes like `linear.codes`, bias int32 [channels]).
 
     Raises:
       ValueError: A weight or a bias is NaN or infinite; names the layer.
@@ -29,9 +37,9 @@ def with_int32_biases(
         channel = int(np.argmax(broken))
         raise ValueError(
             f"Layer {path!r}: channel {channel} has the bias {linear.bias[channel]:.3g} and weights in steps of "
-            f"{linear.scale[channel]:.3g}, with batch normalization behind it. Train the model until they are finite."
+            f"{linear.scale[channel]:.3g}, batch normalization included. Train the model until they are finite."
         )
-    codes, scale = linear.codes.copy(), linear.scale.copy()
+    codes, scale = linear.integer_codes.copy(), linear.scale.copy()
     reach = np.abs(codes.astype(np.int64)).sum(axis=tuple(range(codes.ndim - 1))) * _LARGEST
     dead = reach * source_scale * scale < 1e-3 * target_scale
     codes[..., dead] = 0

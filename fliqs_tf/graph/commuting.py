@@ -27,7 +27,7 @@ COMMUTING = (
 )
 
 
-def activation(layer) -> str:
+def activation(layer: keras.layers.Layer) -> str:
     """Name of a layer's activation; integer kernels do "linear", "relu" and "relu6" by themselves.
 
     Args:
@@ -41,11 +41,11 @@ def activation(layer) -> str:
     return copies.function_name(getattr(getattr(layer, "quantized_layer", layer), "activation", None))
 
 
-def is_activation(layer) -> bool:
+def is_activation(layer: keras.layers.Layer) -> bool:
     """True for a layer that is nothing but a ReLU or ReLU6."""
     return isinstance(layer, (_LAYERS.ReLU, _LAYERS.Activation)) and activation(layer) in ("relu", "relu6")
 
 
-def is_quantization_invariant(layer) -> bool:
+def is_quantization_invariant(layer: keras.layers.Layer) -> bool:
     """True if quantizing the layer's inputs is the same as quantizing its output."""
     return isinstance(layer, COMMUTING) or is_activation(layer)

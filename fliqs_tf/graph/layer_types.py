@@ -59,7 +59,7 @@ def kernels_or_table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
     return kernels(layer) or table(layer)
 
 
-def _einsum_channel_axes(layer) -> tuple[int, ...]:
+def _einsum_channel_axes(layer: keras.layers.EinsumDense) -> tuple[int, ...]:
     kernel, output = layer.equation.replace(" ", "").split(",")[1].split("->")
     return tuple(i for i, label in enumerate(kernel) if label in output)
 
@@ -78,7 +78,7 @@ _KERNELS = {
 }
 
 
-def macs(layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+def macs(layer: keras.layers.Layer, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     """MACs of one call, from the shapes of its input and output."""
     if is_product(layer):
         return layer.macs(inputs, outputs)

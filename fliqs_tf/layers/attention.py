@@ -1,4 +1,4 @@
-"""Products of two activations, as attention has them, with both operands quantized."""
+"""Products of two activations, as in attention, with both operands quantized."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fliqs_tf.numerics.space import Space, SpaceLike
 class Product(keras.layers.Layer):
     """einsum(equation) of two quantized activations.
 
-    One operand, `stationary`, has the part that weights have elsewhere: keys and values, which a decoder keeps from
-    token to token. The other one, `moving`, is what an input is elsewhere: queries and probabilities.
+    One operand, `stationary`, plays the part of weights: keys and values, which a decoder keeps from token to token.
+    The other one, `moving`, plays the part of the input: queries and probabilities.
 
     Args:
-      equation: Of the einsum.
+      equation: Equation of the einsum.
       stationary_first: True if the stationary operand comes first in the equation.
-      weight_formats, activation_formats: Of the stationary and of the moving operand, anything that `Space` takes.
+      weight_formats, activation_formats: Formats of the stationary and of the moving operand, as `Space` takes them.
       weight_decision, activation_decision: Names of the decisions that choose from them.
       clips: `ActivationQuantizer.clip` of the stationary and of the moving operand.
 
@@ -50,8 +50,8 @@ class Product(keras.layers.Layer):
         super().__init__(**kwargs)
         if activation_formats is None:
             raise ValueError(
-                f"The product {self.name!r} has two activations, so that tensors='weights' says nothing of it: leave "
-                f"attention_scores=False, or take tensors='together' or 'separate'."
+                f"The product {self.name!r} multiplies two activations, and tensors='weights' quantizes none: leave "
+                f"attention_scores=False, or use tensors='together' or 'separate'."
             )
         self.equation, self.stationary_first = equation.replace(" ", ""), stationary_first
         self.weight_decision = weight_decision or self.name
@@ -69,7 +69,7 @@ class Product(keras.layers.Layer):
 
     @property
     def activation_quantizers(self) -> list[ActivationQuantizer]:
-        """The quantizer of the moving operand, as `Quantized` has one of its input."""
+        """The quantizer of the moving operand, in a list, as `Quantized` has that of its input."""
         return [self.activation_quantizer]
 
     def call(self, stationary: tf.Tensor, moving: tf.Tensor, training: bool | None = None) -> tf.Tensor:
@@ -85,7 +85,7 @@ class Product(keras.layers.Layer):
         return math.prod(outputs) * math.prod(size for label, size in zip(labels, stationary) if label not in output)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> None:
-        return None  # a softmax would take a mask on its input for its own
+        return None  # a softmax would apply a mask that it finds on its input
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Product:
@@ -106,18 +106,17 @@ class Product(keras.layers.Layer):
 
 
 def install(attention: keras.layers.Layer, arguments: Mapping[str, Mapping[str, Any]]) -> None:
-    """Has an attention layer compute its products quantized.
+    """Makes an attention layer quantize the operands of its products.
 
     Args:
-      attention: A built layer that `layer_types.products` knows; it is changed.
-      arguments: {name of the product: arguments of `Product` behind `stationary_first`}; a product that is not there
-        stays in float.
+      attention: A built layer that `layer_types.products` knows; changed in place.
+      arguments: {name of a product: arguments of `Product` after `stationary_first`}; other products stay in float.
     """
     for name, equation, stationary_first in layer_types.products(attention):
         if name in arguments:
             product = Product(equation, stationary_first, **arguments[name], name=name, dtype=attention.dtype_policy)
             add_layer(attention, f"{name}_product", product)
-    # Past the attribute tracking. Keras 3 then does not take the fused kernels, which leave no place for rounding.
+    # Past the attribute tracking. Keras 3 then does not use its fused kernels, which leave no place for rounding.
     object.__setattr__(attention, "_compute_attention", functools.partial(_attend, attention))
 
 
@@ -131,8 +130,8 @@ def _attend(
     return_attention_scores: bool = False,
     use_causal_mask: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """(result, probabilities), as the `_compute_attention` of both Kerases without fused kernels."""
-    if use_causal_mask:  # the only mask, left to a kernel that is not taken here
+    """(result, probabilities), as `_compute_attention` of both Kerases computes them without fused kernels."""
+    if use_causal_mask:  # Keras leaves it to a fused kernel if it is the only mask
         causal = attention._compute_causal_mask(query, value)
         attention_mask = causal if attention_mask is None else tf.logical_and(tf.cast(attention_mask, tf.bool), causal)
     multiply = {}

@@ -18,16 +18,16 @@ _Made = TypeVar("_Made", WeightQuantizer, ActivationQuantizer)
 
 @keras.saving.register_keras_serializable("fliqs_tf")
 class Quantized(keras.layers.Wrapper):
-    """Wraps a layer: its kernels and its input are quantized, bias and the rest stay in float.
+    """Wraps a layer: its kernels and its input are quantized; the bias and the rest stay in float.
 
-    Of an Embedding the table is quantized, with a scale per row. Its input are indices: the space of the input is not
-    used. A step quantizes the rows that it looks up, not the table, which gives the same bits.
+    Of an Embedding the table is quantized, with a scale per row. Its inputs are indices, so formats of the input are
+    not used. A step quantizes only the rows that it looks up, which gives the same bits.
 
     Args:
       layer: A layer that `layer_types.kernels` knows: Dense, Conv1D, Conv2D, DepthwiseConv2D, SeparableConv2D,
         Conv2DTranspose or EinsumDense; or an Embedding.
-      weight_formats: Those of the kernels, anything that `Space` takes; one format is a fixed one.
-      activation_formats: Those of the input; None leaves it in float.
+      weight_formats: Formats of the kernels, as `Space` takes them; a single one is fixed.
+      activation_formats: Formats of the input, likewise; None leaves it in float.
       weight_decision, activation_decision: Names of the decisions that choose from them.
       clips: `ActivationQuantizer.clip` of its activation quantizers; None: 1.
 
@@ -45,9 +45,9 @@ class Quantized(keras.layers.Wrapper):
         clips: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The layer inside is not called as a layer, which is what would apply it.
+        # The layer inside is never called as a layer, so that its regularizer of activations would not be applied.
         is_table = bool(layer_types.table(layer))
-        options = {"autocast": False} if is_table else {}  # 16-bit floats would not hold an index
+        options = {"autocast": False} if is_table else {}  # 16-bit floats do not hold every index
         super().__init__(layer, **{"activity_regularizer": layer.activity_regularizer, **options, **kwargs})
         kernels = layer_types.kernels_or_table(layer)
         if not kernels:
@@ -99,7 +99,7 @@ class Quantized(keras.layers.Wrapper):
 
     @property
     def activation_quantizers(self) -> list[ActivationQuantizer]:
-        """Quantizers of the input, and of what is between the kernels if there are two; [] for a float input."""
+        """Quantizers of the input and, with two kernels, of the tensor between them; [] if the input stays in float."""
         return [q for q in (self.activation_quantizer, self.middle_quantizer) if q is not None]
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
@@ -133,7 +133,7 @@ class Quantized(keras.layers.Wrapper):
     def compute(
         self, inputs: tf.Tensor, weights: Sequence[tf.Tensor], activations: Sequence[Callable[[tf.Tensor], tf.Tensor]]
     ) -> tf.Tensor:
-        """The layer's result from quantized weights.
+        """The layer's output, from quantized weights.
 
         Args:
           inputs: The layer's input, not quantized.
@@ -182,14 +182,17 @@ def quantized_activation(
     trainable: bool | None = None,
     integers: str = "float32",
 ) -> tf.Tensor:
-    """An activation quantized in float32.
+    """Quantizes an activation in float32.
 
     Args:
-      quantizer: What quantizes it.
-      x: Of any dtype, which the result has too if it is a float one.
+      quantizer: The quantizer.
+      x: The activation, of any dtype.
       training: Whether the range of the quantizer moves.
       trainable: See `ActivationQuantizer.call`.
-      integers: dtype of the result if x holds integers, between which the values of most formats lie.
+      integers: dtype of the result if x holds integers, which could not hold the values of most formats.
+
+    Returns:
+      A tensor of x's shape and, if that is a floating one, of its dtype.
     """
     quantized = quantizer.call(tf.cast(x, tf.float32), training=training, trainable=trainable)
     return tf.cast(quantized, x.dtype if x.dtype.is_floating else integers)

@@ -20,17 +20,17 @@ from fliqs_tf.numerics import rounding
 from fliqs_tf.numerics.space import Space, SpaceLike
 
 RANGE_MOMENTUM = 0.99
-# Of the weight that an average over many batches has: from there on (69 batches) a frozen quantizer keeps its range.
+# Share of the weight that an average over many batches has. From there on, 69 batches, a frozen quantizer keeps it.
 SETTLED = 0.5
 _in_step = contextvars.ContextVar("in_step", default=False)
 
 
 @contextlib.contextmanager
 def training_step() -> Iterator[None]:
-    """Within it, while a training step is traced, ranges follow the data also where `training` is False.
+    """Inside it, while a training step is traced, ranges follow the data even where `training` is False.
 
-    A network inside another may be called so, for its batch normalization to keep what it has learned. Ranges that the
-    data never sets would leave the outputs of such a network to the batch at work.
+    A network inside another may be called that way, so that its batch normalization keeps what it has learned. If no
+    data set its ranges, its output for an example would depend on the rest of the batch.
     """
     token = _in_step.set(True)
     try:
@@ -43,8 +43,8 @@ class Quantizer(keras.layers.Layer):
     """What weight and activation quantizers share: a space, and the choice of a format from it.
 
     Args:
-      formats: To choose from, anything that `Space` takes.
-      choice: Variable to read the choice from, of a quantizer that follows the same decision. None: one of its own.
+      formats: The formats to choose from, as `Space` takes them.
+      choice: The variable that holds the choice, of a quantizer that follows the same decision. None: one of its own.
     """
 
     def __init__(self, formats: SpaceLike, choice: tf.Variable | None = None, **kwargs: Any) -> None:
@@ -55,8 +55,8 @@ class Quantizer(keras.layers.Layer):
         if choice is None and len(self.space) > 1:
             # Until a search says otherwise, the widest format.
             self.choice = add_state(self, "choice", (), "int32", initial=len(self.space) - 1)
-        # A variable for a fixed format too: what an optimizer of graphs takes for a constant it computes with, and
-        # the bits would not be those of the search.
+        # A variable even for a fixed format: a graph optimizer computes ahead with constants, and the bits would not
+        # be those of the search.
         self._row = add_state(self, "row", (rounding.ROW_SIZE,), "float32") if self.choice is None else None
         if self._row is not None:
             self._row.assign(self._rows[0])
@@ -70,7 +70,11 @@ class Quantizer(keras.layers.Layer):
         return tf.gather(tf.constant(self._rows), tf.convert_to_tensor(self.choice))
 
     def pass_through(self) -> None:
-        """Rounds no more: for a fixed float format that a platform computes in float32."""
+        """Stops rounding: for a fixed float format that a platform computes in float32.
+
+        Raises:
+          ValueError: There are several formats to choose from.
+        """
         if self._row is None:
             raise ValueError(
                 f"{self.name!r} has formats to choose from; only one of a fixed format can pass values on."
@@ -88,7 +92,7 @@ class WeightQuantizer(Quantizer):
     """Quantizes a weight with one scale per output channel, amax taken from the current weight at every step.
 
     Args:
-      formats: To choose from, anything that `Space` takes.
+      formats: The formats to choose from, as `Space` takes them.
       channel_axes: Axes of the weight that hold output channels.
     """
 
@@ -112,18 +116,18 @@ class ActivationQuantizer(Quantizer):
     """Quantizes an activation with one scale per tensor, amax from a moving average of the batches' amax.
 
     The average is zero-debiased: `range` holds the average and the decayed sum of weights. It moves in training only:
-    where `training` is True, and everywhere in a step of a `SearchModel`. A quantizer that is frozen (`trainable` is
-    False, or that of the layer around it) keeps a range that has settled, `SETTLED`; a younger one follows the data
-    until then. Where layers before a frozen one go on learning, freeze what is inside, `layer.quantized_layer`.
+    where `training` is True, and everywhere in a training step of a `SearchModel`. A frozen quantizer (`trainable` is
+    False on it, or on the layer around it) keeps its range once that has settled (`SETTLED`), and follows the data
+    until then. If layers in front of a frozen one go on learning, freeze only what is inside, `layer.quantized_layer`.
 
-    Before any training, amax is the batch's own; `fliqs_tf.layers.ranges.calibrate` sets it without training. Under a
-    distribution strategy the batch is that of all replicas.
+    Before any training amax is that of the batch itself; `fliqs_tf.layers.ranges.calibrate` sets it without training.
+    Under a distribution strategy the batch is that of all replicas together.
 
     Args:
-      formats: To choose from, anything that `Space` takes. All formats share the range.
+      formats: The formats to choose from, as `Space` takes them. They share the range.
       momentum: Decay of the moving average, per training step (our choice: 0.99).
-      clip: Factor on amax, in (0, 1]: less than 1 clips the largest values for the sake of the others. An attribute,
-        too: set it on the quantizers of a wrapped model before the training.
+      clip: Factor on amax, in (0, 1]: below 1 it clips the largest values, which gives the others finer steps. It is an
+        attribute too: set it on the quantizers of a wrapped model before training.
 
     Raises:
       ValueError: momentum outside [0, 1) or clip outside (0, 1].
@@ -141,7 +145,7 @@ class ActivationQuantizer(Quantizer):
         self.__dict__["_followers"], self.__dict__["_follows"] = [], False
 
     def follow(self, leader: ActivationQuantizer) -> None:
-        """Takes the range of a quantizer that rounds the same values before this one does, now and in training."""
+        """Takes over the range of a quantizer that rounds the same values earlier on, now and throughout training."""
         if leader.range[1] > 0:
             self.range.assign(leader.range)
         if not self._follows:
@@ -154,7 +158,7 @@ class ActivationQuantizer(Quantizer):
         return self._follows
 
     def call(self, x: tf.Tensor, training: bool | None = False, trainable: bool | None = None) -> tf.Tensor:
-        """`trainable` is that of a layer around it that Keras does not know to be around it; None: its own."""
+        """Rounds x. `trainable` is that of a layer around it that Keras does not know of; None: its own."""
         if (training or _in_step.get()) and not self._follows:
             largest, amax = self.observe(x, self.trainable if trainable is None else trainable)
             amax = amax * self.clip
@@ -162,7 +166,7 @@ class ActivationQuantizer(Quantizer):
         return rounding.quantize(x, _amax(x, tf.convert_to_tensor(self.range)) * self.clip, self.format_row())
 
     def observe(self, x: tf.Tensor, trainable: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
-        """Moves the range, and those that follow it, by one batch; gives its largest magnitude and the amax by now."""
+        """Updates the range, and those that follow it, by one batch; returns its largest magnitude and the new amax."""
         seen = tf.convert_to_tensor(self.range)
         largest = replicas.maximum(rounding.absolute_max(x))
         moved, amax = _moved_range(largest, seen, self.momentum)
@@ -186,7 +190,7 @@ _ANY, _ONE, _RANGE = (tf.TensorSpec(shape, tf.float32) for shape in (None, [], [
 
 @tf.function(input_signature=[_ONE, _RANGE, _ONE], autograph=False)
 def _moved_range(largest: tf.Tensor, seen: tf.Tensor, momentum: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """(range after a tensor of that amax, amax that it stands for)."""
+    """(range after a tensor whose amax is `largest`, the amax that it stands for)."""
     average, weight = tf.unstack(seen)
     weight = momentum * weight + (1.0 - momentum)
     amax = average + (largest - average) * ((1.0 - momentum) / weight)
@@ -195,5 +199,5 @@ def _moved_range(largest: tf.Tensor, seen: tf.Tensor, momentum: tf.Tensor) -> tu
 
 @tf.function(input_signature=[_ANY, _RANGE], autograph=False)
 def _amax(x: tf.Tensor, seen: tf.Tensor) -> tf.Tensor:
-    """What a range stands for; amax of x itself if nothing was seen."""
+    """The amax that a range stands for; that of x itself if no data has set the range."""
     return tf.cond(seen[1] > 0, lambda: seen[0], lambda: rounding.absolute_max(x))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from fliqs_tf._keras import keras
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io.files import first_repeated, read_json, write_json
 from fliqs_tf.numerics.formats import Format
@@ -33,7 +34,7 @@ class Recipe:
     layers: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.formats, Mapping) or not self.formats:
             raise ValueError(f'A recipe needs "formats": {{decision: format}}, got {reprlib.repr(self.formats)}.')
         if self.tensors not in TENSORS:
@@ -48,7 +49,7 @@ class Recipe:
             raise ValueError(f'"float_layers" must be a list of layer names, got {reprlib.repr(in_float)}.')
 
     @classmethod
-    def uniform(cls, model, fmt: Format | str) -> Recipe:
+    def uniform(cls, model: keras.Model, fmt: Format | str) -> Recipe:
         """One format for every decision of a wrapped (or every quantizable layer of a plain) model.
 
         Args:
@@ -98,7 +99,7 @@ class Recipe:
                         raise ValueError(f"Layer {path!r} is in the decisions {other!r} and {decision!r}.")
         return found
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` of it is an equal recipe."""
         layers = {"layers": {k: list(v) for k, v in self.layers.items()}} if self.layers else {}
         own = {"formats": dict(self.formats), "tensors": self.tensors, **layers}
@@ -166,7 +167,7 @@ def add_float_inputs(formats: dict[str, str], layers: dict[str, list[str]]) -> N
             formats[other], layers[other] = "FP32", layers[decision]
 
 
-def _check_pairs(formats) -> None:
+def _check_pairs(formats: Collection[str]) -> None:
     """Weights and activations chosen apart: both must be there."""
     for decision in formats:
         layer, _, tensor = decision.rpartition("/")
@@ -180,14 +181,14 @@ def _check_pairs(formats) -> None:
             raise ValueError(f'"formats" has {decision!r} but not "{layer}/{other}".')
 
 
-def _format_name(decision: str, fmt) -> str:
+def _format_name(decision: str, fmt: Format | str) -> str:
     try:
         return Format(fmt).name
     except ValueError as error:
         raise ValueError(f"Decision {decision!r}: {error}") from None
 
 
-def _layer_lists(layers, formats) -> dict[str, tuple[str, ...]]:
+def _layer_lists(layers: Mapping[str, Sequence[str]], formats: Collection[str]) -> dict[str, tuple[str, ...]]:
     if not isinstance(layers, Mapping):
         raise ValueError(f'"layers" must be {{decision: [layer names]}}, got {reprlib.repr(layers)}.')
     for decision, paths in layers.items():

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from fliqs_tf.layers import composite
@@ -34,7 +34,7 @@ class Rule:
     formats: Any = UNCHANGED
     tie: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             re.search(self.pattern, "")
         except (re.error, TypeError, OverflowError, RecursionError) as error:
@@ -58,21 +58,28 @@ class LayerQuantization:
     weight_decision: str
     activation_decision: str
 
-    def arguments(self) -> dict:
-        """Of `Quantized`, without the layer."""
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `Quantized`, without the layer."""
         inputs = None if self.input_space is None else list(self.input_space.names)
         values = (list(self.space.names), inputs, self.weight_decision, self.activation_decision)
         return dict(zip(composite.ARGUMENTS, values))
 
 
-def layer_quantizations(paths, annotations, spaces, rules, granularity, tensors) -> dict[str, LayerQuantization]:
+def layer_quantizations(
+    paths: Sequence[str],
+    annotations: Mapping[str, Any],
+    spaces: tuple[Space, Space],
+    rules: Sequence[RuleLike],
+    granularity: str,
+    tensors: str,
+) -> dict[str, LayerQuantization]:
     """How each layer is quantized: layer path -> its quantization, without those that stay in float.
 
     Args:
       paths: The layers that can be quantized.
-      annotations: Layer path -> `QuantizeConfig` or None, of a model annotated with TensorFlow Model Optimization: only
-        these layers are quantized, and what a config says of its layer has the last word. {}: all are.
-      spaces: Of weights and of inputs.
+      annotations: {layer path: `QuantizeConfig` or None} of a model annotated with TensorFlow Model Optimization: only
+        these layers are quantized, and a config overrides the rules for its layer. {}: no annotations, all layers.
+      spaces: That of weights and that of inputs.
       rules, granularity, tensors: As for `fliqs_tf.wrap`.
     """
     rules = as_rules(rules)
@@ -80,7 +87,7 @@ def layer_quantizations(paths, annotations, spaces, rules, granularity, tensors)
         parts = [p for p in paths if p not in annotations and any(p.startswith(f"{a}/") for a in annotations)]
         if parts:
             _LOG.warning(
-                "Left in float, because an annotation is of a whole layer and not of its parts: %s. fliqs_tf.wrap "
+                "Left in float, because an annotation covers a layer but not the layers inside it: %s. fliqs_tf.wrap "
                 "quantizes them in a model without annotations.",
                 ", ".join(parts),
             )
@@ -96,7 +103,7 @@ def decision_names(base: str, tensors: str) -> tuple[str, str]:
     return (f"{base}/weights", f"{base}/activations") if tensors == "separate" else (base, base)
 
 
-def as_rules(rules) -> list[Rule]:
+def as_rules(rules: Sequence[RuleLike]) -> list[Rule]:
     """Rules as `fliqs_tf.wrap` takes them, as `Rule` objects."""
     if isinstance(rules, (str, Rule)):
         raise ValueError(f"rules must be a list of rules, got {rules!r}.")
@@ -110,8 +117,8 @@ def as_rules(rules) -> list[Rule]:
     return [rule if isinstance(rule, Rule) else Rule(*rule) for rule in rules]
 
 
-def _annotated_rule(path: str, config, tensors: str) -> Rule:
-    """What the config of an annotation says of its layer."""
+def _annotated_rule(path: str, config: Any, tensors: str) -> Rule:
+    """The config of an annotation, as a rule for its layer."""
     if not hasattr(config, "as_rule"):
         raise ValueError(
             f"Layer {path!r} is annotated with {type(config).__name__}, whose formats cannot be searched. Annotate it "
@@ -136,7 +143,9 @@ def _tied(rule: Rule, match: re.Match, path: str) -> str:
     return name
 
 
-def _by_path(paths, spaces, rules: Sequence[Rule], granularity: str, tensors: str) -> dict[str, LayerQuantization]:
+def _by_path(
+    paths: Sequence[str], spaces: tuple[Space, Space], rules: Sequence[Rule], granularity: str, tensors: str
+) -> dict[str, LayerQuantization]:
     """Layer path -> its quantization, without the layers that stay in float. spaces: of weights and of inputs."""
     if granularity not in ("layer", "model"):
         raise ValueError(
@@ -174,9 +183,10 @@ def _check_spaces(found: dict[str, LayerQuantization]) -> None:
             (found[other].input_space, quantization.input_space),
         ):
             if one != other_space:
+                first_formats, formats = (space and list(space.names) for space in (one, other_space))
                 raise ValueError(
                     f"Layers {other!r} and {path!r} are tied into the decision {quantization.weight_decision!r} "
-                    f"but have different formats, {list(one.names)} and {list(other_space.names)}."
+                    f"but have different formats, {first_formats} and {formats}."
                 )
     if all(len(space) == 1 for q in found.values() for space in (q.space, q.input_space or q.space)):
         raise ValueError(

@@ -54,11 +54,11 @@ def searched():
 def test_logs_say_how_the_search_goes(searched):
     qmodel, logs = searched
     assert {"loss", "accuracy", "reward", "cost", "entropy", "switch_rate"} <= set(logs)
-    # 5 of 20 epochs are drawn almost uniformly: the odds of INT4 to INT8 are 1 / (1 + (noise / 0.05)^2) to 1.
+    # 2 of 20 epochs are drawn almost uniformly: the odds of INT4 to INT8 are 1 / (1 + (noise / 0.05)^2) to 1.
     narrow = 1 / (1 + (fliqs_tf.Format("INT4").noise() / 0.05) ** 2)
     share = narrow / (1 + narrow)
     uniform = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
-    np.testing.assert_allclose(logs["entropy"][:4], uniform, rtol=1e-4)
+    np.testing.assert_allclose(logs["entropy"][:2], uniform, rtol=1e-4)
     assert logs["entropy"][-1] < 0.01
     assert logs["switch_rate"][-1] == 0
     exact = fliqs_tf.costs.bops(qmodel, qmodel.recipe())
@@ -181,7 +181,7 @@ def test_between_steps_the_model_is_that_of_its_recipe():
 
 def test_same_seed_same_run_and_another_seed_another():
     def run(seed):
-        qmodel = compiled(seed=seed)
+        qmodel = compiled(seed=seed, train_with="sample")
         qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=3, verbose=0, shuffle=False)
         return np.concatenate([np.ravel(w) for w in qmodel.network.get_weights()])
 
@@ -362,7 +362,7 @@ def test_a_callback_that_ends_the_search_early_ends_it_with_a_decision_at_the_ta
         def on_epoch_end(self, epoch, logs=None):
             self.model.stop_training = epoch == 0
 
-    qmodel = compiled(search_steps=1000, target_cost="0.5x INT8")
+    qmodel = compiled(search_steps=1000, target_cost="0.5x INT8", quality_every=5)
     with caplog.at_level("WARNING", logger="fliqs_tf"):
         qmodel.fit(
             IMAGES, LABELS, batch_size=32, epochs=3, verbose=0, callbacks=[Stop()], quality_data=(IMAGES, LABELS)
