@@ -14,6 +14,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf import replicas
 from fliqs_tf._keras import IS_KERAS_3, check_strategy, keras
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import checkpoints
 from fliqs_tf.layers import batch_norm
 
@@ -245,7 +246,7 @@ def test_averages_are_those_of_all_replicas_by_hand(strategy, options):
         model = keras.Sequential([keras.layers.Input((1,)), keras.layers.BatchNormalization(**options)])
         model.compile()
     batches = [np.array(batch, np.float32)[:, None] for batch in ([-1, 1, 3], [5, 7])]
-    assert batch_norm.recalibrate(model, batches) == 2
+    assert batch_norm.recalibrate(ModelGraph(model), batches) == 2
     mean, variance = model.get_weights()[2:]
     assert (float(mean[0]), float(variance[0])) == pytest.approx((3, 8))
 

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import IS_KERAS_3, NAME, float_value, keras
 from fliqs_tf.graph import layer_types
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized, quantized_activation
 from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from fliqs_tf.numerics.space import Space, SpaceLike
@@ -281,7 +282,7 @@ class _Layout(tfmot.quantization.keras.QuantizeLayoutTransform):
         scheme = self._scheme
         annotations = {layer.name: layer_quantize_map.get(layer.name) for layer in model.layers}
         annotations = {name: found["quantize_config"] for name, found in annotations.items() if found}
-        paths = [path for path, _ in network.layers_to_quantize(model)]
+        paths = [path for path, _ in network.layers_to_quantize(ModelGraph(model))]
         spaces = (scheme.space, scheme.space)
         quantizations = rules_lib.layer_quantizations(
             paths, annotations, spaces, scheme.rules, scheme.granularity, scheme.tensors

@@ -9,6 +9,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.rules import layer_quantizations
 
@@ -73,7 +74,7 @@ def applied(model, *args, **kwargs):
 
 
 def names(network):
-    return [(d.name, d.options, d.layers) for d in open_decisions(network)]
+    return [(d.name, d.options, d.layers) for d in open_decisions(ModelGraph(network))]
 
 
 def numbers(shape, seed=0):
@@ -217,7 +218,7 @@ def test_parts_of_an_annotated_layer_are_named_and_stay_in_float(caplog):
     model = tf.keras.Model(x, L.Dense(2, name="dense")(attention(x, x)))
     assert len(names(fliqs_tf.wrap(model).network)) == 5
     annotations = dict.fromkeys(["attention", "dense"])
-    paths = [path for path, _ in walking.quantizable(model)]
+    paths = [path for path, _ in ModelGraph(model).with_kernels]
     spaces = (fliqs_tf.Space("FLIQS-S-INT"),) * 2
     assert list(layer_quantizations(paths, annotations, spaces, (), "layer", "together")) == ["dense"]
     assert "an annotation covers a layer but not the layers inside it: attention/query, attention/key" in caplog.text

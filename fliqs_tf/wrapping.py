@@ -12,6 +12,7 @@ import tensorflow as tf
 from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
 from fliqs_tf.export import boundaries, lowering, planning, targets
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches
 from fliqs_tf.layers import composite, ranges
 from fliqs_tf.numerics.formats import Format
@@ -96,7 +97,7 @@ def wrap(
         spaces = [targets.supported_formats(each, target, tensors) for each in spaces]
     options = (rules, granularity, tensors, *spaces[1:])
     network = quantized_network(
-        model,
+        ModelGraph(model),
         spaces[0],
         *options,
         input_shape=input_shape,
@@ -110,7 +111,7 @@ def wrap(
     if profile is not None:
         profile.check(searched.sites)
     if target is not None:
-        _check_target(network, target)
+        _check_target(searched, target)
     return searched
 
 
@@ -119,9 +120,9 @@ def _for_integers(rule: Rule) -> Rule:
     return dataclasses.replace(rule, formats=boundaries.integer_formats(rule.formats)) if has_formats else rule
 
 
-def _check_target(network: keras.Model, target: str) -> None:
+def _check_target(searched: SearchModel, target: str) -> None:
     """Raises if the target has no form of a layer, or a rule gives one formats that the target does not run."""
-    for row in planning.plan(network, target).unsupported:
+    for row in planning.plan(searched, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
         raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
 
@@ -159,9 +160,10 @@ def apply(
         target has no form of a layer; calibration_data does not fit the model.
     """
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
-    layers = layers_to_quantize(model, embeddings, attention_scores, named)
+    graph = ModelGraph(model)
+    layers = layers_to_quantize(graph, embeddings, attention_scores, named)
     warn_of_own_training(model)
-    warn_of_names_of_keras(model)
+    warn_of_names_of_keras(graph)
     paths = [path for path, _ in layers]
     if not isinstance(recipe, Recipe):
         recipe = Recipe({path: Format(recipe).name for path in paths})
@@ -173,14 +175,14 @@ def apply(
             weights, activations = decided[path]["weights"], decided[path].get("activations")
             spaces = ([recipe.formats[weights]], [recipe.formats[activations]] if activations else None)
             arguments[key] = dict(zip(composite.ARGUMENTS, (*spaces, weights, activations)))
-    copy = copying.quantized_copy(model, arguments, input_shape)
+    copy = copying.quantized_copy(graph, arguments, input_shape)
     if is_for_tflite(target):
         lowering.check_layers(copy)
         copy = boundaries.with_boundary_quantizers(copy)
     if calibration_data is not None:
-        source = batches.read(calibration_data, copy, "calibration_data")
+        source = batches.read(calibration_data, copy.model, "calibration_data")
         ranges.calibrate(copy, (batch.x for batch in source.some(ranges.BATCHES, 32)))
-    return copy
+    return copy.model
 
 
 def is_for_tflite(target: str | None) -> bool:

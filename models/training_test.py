@@ -12,7 +12,7 @@ import tensorflow as tf
 import fliqs_tf
 import models
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 
 # Arguments that make a network small, and its number of layers with kernels. EfficientNets: stem, head, dense, and per
 # block 5, of which the first of all have 4 (no expansion); InceptionV3: 94 convolutions and a dense one.
@@ -67,7 +67,7 @@ def two_steps(model):
         target_cost="0.625x INT8",
     )
     before = {site.path: site for site in wrapped.sites}
-    kernels = {path: layer for path, layer in walking.walk(wrapped.network) if path in before}
+    kernels = {path: layer for path, layer in ModelGraph(wrapped.network).layers if path in before}
     start = {path: [w.copy() for w in layer.get_weights()] for path, layer in kernels.items()}
     x, y = examples(model, 4)
     history = wrapped.fit(x, y, batch_size=2, epochs=1, verbose=0).history

@@ -9,7 +9,7 @@ import tensorflow as tf
 import models
 from fliqs_tf import costs
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 
 needs_keras_3 = pytest.mark.skipif(not IS_KERAS_3, reason="keras_hub is for Keras 3")
 
@@ -98,7 +98,8 @@ def test_save_and_load(name, tmp_path):
 
 def test_names_do_not_change_when_built_again():
     paths = [
-        [p for p, _ in walking.quantizable(models.get("gpt", input_shape=(8,), width=0.25, depth=2))] for _ in range(2)
+        [p for p, _ in ModelGraph(models.get("gpt", input_shape=(8,), width=0.25, depth=2)).with_kernels]
+        for _ in range(2)
     ]
     assert paths[0] == paths[1] and len(paths[0]) == 13
 

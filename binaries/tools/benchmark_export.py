@@ -30,7 +30,7 @@ from binaries import settings
 from binaries.run_dir import versions
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.export import agreement
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io.files import write_json
 
 FLAGS = flags.FLAGS
@@ -95,12 +95,12 @@ def training_batches(data):
 
 def is_quantized(model) -> bool:
     """True for what apply() or deploy() gave."""
-    return any(isinstance(layer, fliqs_tf.Quantized) for _, layer in walking.walk(model))
+    return bool(ModelGraph(model).of_type(fliqs_tf.Quantized))
 
 
 def formats(model) -> list[fliqs_tf.Format]:
     """Weight formats of the layers."""
-    layers = [layer for _, layer in walking.walk(model) if isinstance(layer, fliqs_tf.Quantized)]
+    layers = [layer for _, layer in ModelGraph(model).of_type(fliqs_tf.Quantized)]
     return [fmt for layer in layers for fmt in layer.weight_quantizers[0].space.formats]
 
 
@@ -120,7 +120,7 @@ def from_float(model, folder, batches, name) -> dict[str, pathlib.Path]:
         from tensorflow_model_optimization.python.core.quantization.keras import quantize
 
         annotated = quantize.quantize_apply(quantize.quantize_annotate_model(model))
-        norms = [layer for _, layer in walking.walk(annotated) if "BatchNormalization" in type(layer).__name__]
+        norms = [layer for _, layer in ModelGraph(annotated).layers if "BatchNormalization" in type(layer).__name__]
         for layer in norms:
             layer.trainable = False
         for x in batches:  # ranges only: no optimizer

@@ -10,6 +10,7 @@ import tensorflow as tf
 from fliqs_tf import costs, wrapping
 from fliqs_tf._keras import keras
 from fliqs_tf.costs import Cost, CostTable, Site
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
 from fliqs_tf.quantize.recipe import Recipe
@@ -30,7 +31,7 @@ CONV, FC = (3888, 108), (720, 720)
 
 
 def wrapped(space=("INT4", "INT8"), rules=(), granularity="layer", tensors="together"):
-    return quantized_network(network(), space, rules, granularity, tensors)
+    return quantized_network(ModelGraph(network()), space, rules, granularity, tensors).model
 
 
 # ---- a model and formats
@@ -268,7 +269,7 @@ def test_totals_of_large_networks_are_exact():
 
 def test_a_table_agrees_with_the_cost_of_a_recipe():
     model = wrapped(tensors="separate")
-    found = open_decisions(model)
+    found = open_decisions(ModelGraph(model))
     table = CostTable(costs.bops, costs.sites(model), [(d.name, d.options) for d in found])
     for sample in itertools.product(range(2), repeat=4):
         recipe = Recipe({d.name: d.options[i] for d, i in zip(found, sample)}, "separate")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import tracing, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.formats import Format
@@ -49,9 +50,9 @@ def sites(model: keras.Model, input_shape: Any = None, named: Collection[str] = 
     """
     if hasattr(model, "sites"):
         return model.sites
-    kinds = (Quantized, Product)
-    owners = {id(walking.unwrapped(layer)): layer for _, layer in walking.walk(model) if isinstance(layer, kinds)}
-    traced = tracing.trace(model, input_shape, named)
+    graph = ModelGraph.of(model)
+    owners = {id(walking.unwrapped(layer)): layer for _, layer in graph.of_type(Quantized, Product)}
+    traced = tracing.trace(graph, input_shape, named)
     return [_site(layer, owners.get(id(layer.layer)), plain=not owners) for layer in traced]
 
 
@@ -99,11 +100,13 @@ def site_formats(
         formats = model.recipe()
     name = getattr(model, "name", "")
     named = formats.of_layers() if isinstance(formats, Recipe) else ()
-    found = sites(model, named=named)
-    in_float = (
-        {path for path, _ in walking.attention_products(model)} if named and not hasattr(model, "sites") else set()
-    )
-    if uncounted := (in_float & set(named)) - {site.path for site in found}:
+    if hasattr(model, "sites"):
+        found, uncounted = model.sites, set()
+    else:
+        graph = ModelGraph.of(model)
+        found = sites(graph, named=named)
+        uncounted = {path for path, _ in graph.attention_products if path in named} - {site.path for site in found}
+    if uncounted:
         raise ValueError(
             f"The recipe has a format for {min(uncounted)!r}, a product of activations that model {name!r} has in "
             f"float and does not count. Give the wrapped model, or that of fliqs_tf.apply(model, recipe)."

@@ -12,6 +12,7 @@ import fliqs_tf
 from fliqs_tf import export
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.numerics import encoding
 
 L = keras.layers
@@ -73,7 +74,7 @@ def ours(model, recipe) -> dict:
     final = fliqs_tf.apply(model, recipe)
     order = {"conv": (3, 0, 1, 2), "conv_1": (3, 0, 1, 2), "dense": (1, 0), "dense_1_1": (1, 0)}
     found = {}
-    for path, layer in deployed.quantized_layers(final):
+    for path, layer in deployed.quantized_layers(ModelGraph(final)):
         (weight,) = deployed.quantized_weights(path, layer).values()
         if weight.format.is_integer:
             found[path] = (weight.values.transpose(order[path]), weight.scale.ravel())

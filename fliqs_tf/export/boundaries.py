@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import copies, dataflow, layer_types, rewriting, walking
+from fliqs_tf.graph import copies, dataflow, layer_types, rewriting
 from fliqs_tf.graph.commuting import activation, is_activation, is_quantization_invariant
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import ranges, shared_ranges
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -35,17 +36,16 @@ COMPUTING = (
 )
 
 
-def fused_values(graph: dataflow.Dataflow) -> set[int]:
+def fused_values(flow: dataflow.Dataflow) -> set[int]:
     """Values that do not exist in an integer network: the kernel that makes them goes on to the next step.
 
     A convolution takes batch normalization with it; it, normalization and addition take a ReLU.
     """
-    readers, found = graph.readers(), set()
-    made_by = {call.output: call for call in graph.calls}
-    for value, reading in readers.items():
-        if value not in made_by or len(reading) > 1 or value in graph.outputs:
+    found = set()
+    for value, reading in flow.readers.items():
+        if value not in flow.makers or len(reading) > 1 or value in flow.outputs:
             continue
-        maker, reader = made_by[value].layer, reading[0].layer
+        maker, reader = flow.makers[value].layer, reading[0].layer
         linear = bool(layer_types.kernels(getattr(maker, "quantized_layer", maker))) and activation(maker) == "linear"
         if isinstance(reader, _LAYERS.BatchNormalization):
             if linear and has_channels_last(reader, maker):
@@ -65,19 +65,18 @@ def has_channels_last(norm, maker) -> bool:
     return axis == -1 or (axis == 3 and hasattr(maker, "filters")) or (axis == 1 and hasattr(maker, "units"))
 
 
-def boundary_layers(model: keras.Model) -> list[str]:
+def boundary_layers(flow: dataflow.Dataflow) -> list[str]:
     """Paths of the layers behind which an integer network needs a boundary quantizer.
 
     A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
     """
-    graph = dataflow.read(model)
-    fused, readers, integer = fused_values(graph), graph.readers(), _integer_values(graph)
+    fused, integer = fused_values(flow), _integer_values(flow)
     quantized: dict[int, str] = {}
     ends: dict[int, set[tuple[str, int]]] = {}
-    for call in reversed(graph.calls):
+    for call in reversed(flow.calls):
         value = call.output
-        found = {("output", value)} if value in graph.outputs else set()
-        for reader in readers.get(value, ()):
+        found = {("output", value)} if value in flow.outputs else set()
+        for reader in flow.readers.get(value, ()):
             if isinstance(reader.layer, ActivationQuantizer) or _is_integer(reader.layer, all):
                 found.add(("quantizer", reader.output))
             elif value in fused or is_quantization_invariant(reader.layer):
@@ -90,7 +89,7 @@ def boundary_layers(model: keras.Model) -> list[str]:
         if found and value in integer and value not in fused and not is_direct and not is_boundary:
             quantized[value] = call.path
     # What only moves codes needs no second quantizer.
-    for call in graph.calls:
+    for call in flow.calls:
         if (
             call.output in quantized
             and is_quantization_invariant(call.layer)
@@ -98,13 +97,13 @@ def boundary_layers(model: keras.Model) -> list[str]:
             and call.inputs[0] in quantized
         ):
             del quantized[call.output]
-    return list(dict.fromkeys(quantized[call.output] for call in graph.calls if call.output in quantized))
+    return list(dict.fromkeys(quantized[call.output] for call in flow.calls if call.output in quantized))
 
 
-def _integer_values(graph: dataflow.Dataflow) -> set[int]:
+def _integer_values(flow: dataflow.Dataflow) -> set[int]:
     """Values that a kernel with int8 output may make, given the spaces of the quantized layers."""
     found: set[int] = set()
-    for call in graph.calls:
+    for call in flow.calls:
         known = [value in found for value in call.inputs]
         if (
             isinstance(call.layer, ActivationQuantizer)
@@ -136,23 +135,24 @@ def _is_integer(layer, how) -> bool:
 # ---- putting them in
 
 
-def with_boundary_quantizers(model: keras.Model) -> keras.Model:
+def with_boundary_quantizers(graph: ModelGraph) -> ModelGraph:
     """A copy of a quantized network with boundary quantizers, and its weights.
 
     The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
     own, so that there can be a boundary quantizer before it.
 
     Args:
-      model: Functional or Sequential, with `Quantized` layers.
+      graph: Of a Functional or Sequential model with `Quantized` layers.
     """
-    apart = rewriting.with_added(model, _activations_apart(model))
+    activations = _activations_apart(graph)
+    apart = rewriting.with_added(graph, activations) if activations else graph
     added = {
         path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)]
-        for path in boundary_layers(apart)
+        for path in boundary_layers(apart.dataflow)
     }
     copy = rewriting.with_added(apart, added, kinds=shared_ranges.KINDS)
     shared_ranges.link(copy)
-    comparison.check(model, copy)
+    comparison.check(graph, copy)
     return copy
 
 
@@ -172,10 +172,10 @@ def integer_formats(space) -> Space:
     return Space(kept)
 
 
-def _activations_apart(model) -> dict[str, list]:
+def _activations_apart(graph: ModelGraph) -> dict[str, list]:
     found = {}
-    for path, layer in walking.walk(model):
-        if isinstance(layer, Quantized) and activation(layer) not in ("linear", "relu", "relu6"):
+    for path, layer in graph.of_type(Quantized):
+        if activation(layer) not in ("linear", "relu", "relu6"):
             if copies.is_of_its_user(layer.layer.activation):
                 raise ValueError(
                     f"Layer {path!r} has the activation {activation(layer)!r}, which no kernel of TFLite computes: "
@@ -190,25 +190,25 @@ def _activations_apart(model) -> dict[str, list]:
 # ---- ranges
 
 
-def calibrate(model: keras.Model, representative: Iterable | None) -> None:
+def calibrate(graph: ModelGraph, representative: Iterable | None) -> None:
     """Gives a range to the boundary quantizers that have none, from their readers or from data.
 
     Args:
-      model: What `with_boundary_quantizers` gave.
+      graph: What `with_boundary_quantizers` gave.
       representative: Batches of model inputs; None if there are none.
 
     Raises:
       ValueError: A range is missing and there is no data.
     """
-    for boundary, quantizer in shared_ranges.followers(model):
+    for boundary, quantizer in shared_ranges.followers(graph):
         if boundary.range[1] == 0 and quantizer.range[1] > 0:
             boundary.range.assign(quantizer.range)
-    shared_ranges.link(model)
-    missing = list(ranges.unseen(model))
+    shared_ranges.link(graph)
+    missing = list(ranges.unseen(graph))
     if missing and representative is None:
         raise ValueError(
             f"{len(missing)} int8 tensors have no range: {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}. "
             f"Give representative=batches of model inputs, or train with fliqs_tf.wrap(..., target='tflite')."
         )
-    if missing and not ranges.calibrate(model, representative):
+    if missing and not ranges.calibrate(graph, representative):
         raise ValueError("representative holds no batch.")

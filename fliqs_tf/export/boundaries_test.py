@@ -6,7 +6,8 @@ import pytest
 import fliqs_tf
 from fliqs_tf._keras import keras
 from fliqs_tf.export import boundaries
-from fliqs_tf.graph import dataflow, walking
+from fliqs_tf.graph import dataflow
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import shared_ranges
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.numerics.formats import Format
@@ -50,7 +51,7 @@ def test_what_a_residual_block_swallows():
 
 def test_where_a_residual_block_has_boundary_quantizers():
     # relu1 has two readers, norm and relu2 an operation, logits the caller; pool goes into logits.
-    assert boundaries.boundary_layers(residual()) == ["relu1", "norm", "relu2", "logits"]
+    assert boundaries.boundary_layers(ModelGraph(residual()).dataflow) == ["relu1", "norm", "relu2", "logits"]
 
 
 @pytest.mark.parametrize(
@@ -97,14 +98,14 @@ def test_what_two_layers_read_is_not_fused():
     ids=range(12),
 )
 def test_where_boundary_quantizers_stand(layers, places):
-    assert boundaries.boundary_layers(chain(*layers)) == places
+    assert boundaries.boundary_layers(ModelGraph(chain(*layers)).dataflow) == places
 
 
 def test_what_moves_the_codes_of_a_boundary_quantizer_needs_no_second_one():
     x = L.Input((4,))
     y = dense("a")(x)
     flat = L.Flatten(name="flat")(y)
-    assert boundaries.boundary_layers(keras.Model(x, [flat, L.Activation("tanh")(y)])) == ["a"]
+    assert boundaries.boundary_layers(ModelGraph(keras.Model(x, [flat, L.Activation("tanh")(y)])).dataflow) == ["a"]
 
 
 def test_sums_of_three_have_no_integer_kernel():
@@ -112,8 +113,8 @@ def test_sums_of_three_have_no_integer_kernel():
     parts = [dense(name)(x) for name in "abc"]
     ends = [L.Add(name="three")(parts), L.Add(name="two")(parts[:2])]
     model = keras.Model(x, [dense(f"end{i}")(end) for i, end in enumerate(ends)])
-    assert boundaries.boundary_layers(model) == ["a", "b", "c", "end0", "end1"]
-    assert boundaries.boundary_layers(keras.Model(x, ends)) == ["a", "b", "c", "two"]
+    assert boundaries.boundary_layers(ModelGraph(model).dataflow) == ["a", "b", "c", "end0", "end1"]
+    assert boundaries.boundary_layers(ModelGraph(keras.Model(x, ends)).dataflow) == ["a", "b", "c", "two"]
 
 
 @pytest.mark.parametrize(
@@ -149,24 +150,24 @@ def test_menus():
 
 def test_boundary_quantizers_are_put_in_and_computed_with():
     model = residual()
-    copy = boundaries.with_boundary_quantizers(model)
-    found = [path for path, layer in walking.walk(copy) if isinstance(layer, ActivationQuantizer)]
+    copy = boundaries.with_boundary_quantizers(ModelGraph(model)).model
+    found = [path for path, layer in ModelGraph(copy).of_type(ActivationQuantizer)]
     assert found == [name + boundaries.SUFFIX for name in ("relu1", "norm", "relu2", "logits")]
     assert isinstance(copy, shared_ranges.BoundaryModel)
     assert all(copy.get_layer(name).space.names == ("INT8",) for name in found)
-    ((boundary, reader),) = shared_ranges.followers(copy)
+    ((boundary, reader),) = shared_ranges.followers(ModelGraph(copy))
     assert (boundary.name, reader) == (found[0], copy.get_layer("conv2").activation_quantizer)
     assert reader.follows
-    assert boundaries.boundary_layers(copy) == []  # once is enough
+    assert boundaries.boundary_layers(ModelGraph(copy).dataflow) == []  # once is enough
 
 
 def test_an_activation_that_kernels_do_not_do_becomes_a_layer():
-    copy = boundaries.with_boundary_quantizers(chain(dense("a", activation="softmax")))
+    copy = boundaries.with_boundary_quantizers(ModelGraph(chain(dense("a", activation="softmax")))).model
     names = [layer.name for layer in copy.layers[1:]]
     assert names == ["a", "a" + boundaries.SUFFIX, "a_softmax"]
     assert copy.get_layer("a").layer.activation is keras.activations.linear
     with pytest.raises(ValueError, match="Layer 'a' has the activation 'own', which no kernel of TFLite computes"):
-        boundaries.with_boundary_quantizers(chain(dense("a", activation=own)))
+        boundaries.with_boundary_quantizers(ModelGraph(chain(dense("a", activation=own))))
 
 
 def own(x):
@@ -174,14 +175,15 @@ def own(x):
 
 
 def test_ranges_come_from_readers_then_from_data():
-    copy = boundaries.with_boundary_quantizers(residual())
+    graph = boundaries.with_boundary_quantizers(ModelGraph(residual()))
+    copy = graph.model
     for name in ("conv1", "conv2", "logits"):
         copy.get_layer(name).activation_quantizer.range.assign([5.0, 1.0])
     with pytest.raises(ValueError, match="3 int8 tensors have no range: the one behind 'norm', .*'relu2', .*'logits'"):
-        boundaries.calibrate(copy, None)
+        boundaries.calibrate(graph, None)
     np.testing.assert_array_equal(copy.get_layer("relu1" + boundaries.SUFFIX).range, [5, 1])  # of conv2, its reader
     with pytest.raises(ValueError, match="representative holds no batch"):
-        boundaries.calibrate(copy, [])
-    boundaries.calibrate(copy, [np.ones((2, 4, 4, 4), np.float32)])
+        boundaries.calibrate(graph, [])
+    boundaries.calibrate(graph, [np.ones((2, 4, 4, 4), np.float32)])
     assert all(copy.get_layer(name + boundaries.SUFFIX).range[1] > 0 for name in ("norm", "relu2", "logits"))
     np.testing.assert_array_equal(copy.get_layer("relu1" + boundaries.SUFFIX).range, [5, 1])

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import check_model, float_value
 from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics import rounding
@@ -40,22 +41,23 @@ class QuantizedWeight:
     scale: np.ndarray | None
 
 
-def quantized_layers(model) -> list[tuple[str, Quantized]]:
+def quantized_layers(graph: ModelGraph) -> list[tuple[str, Quantized]]:
     """(path, layer) of the quantized layers of a deployed model, in its order.
 
     Raises:
       TypeError: Not a model of this process's `tf.keras`.
       ValueError: Formats are still to be decided, or no layer is quantized.
     """
-    return [(path, layer) for path, layer in _decided(model) if isinstance(layer, Quantized)]
+    return [(path, layer) for path, layer in _decided(graph) if isinstance(layer, Quantized)]
 
 
-def _decided(model) -> list[tuple[str, Quantized | Product]]:
+def _decided(graph: ModelGraph) -> tuple[tuple[str, Quantized | Product], ...]:
     """(path, layer) of quantized layers and products; raises as `quantized_layers`."""
+    model = graph.model
     if hasattr(model, "deploy"):
         raise ValueError(f"Model {model.name!r} is still being searched: give what its deploy() returns.")
     check_model(model)
-    layers = [(path, layer) for path, layer in walking.walk(model) if isinstance(layer, (Quantized, Product))]
+    layers = graph.of_type(Quantized, Product)
     if not layers:
         raise ValueError(
             f"Model {model.name!r} has no quantized layer: give what deploy() of a searched model or fliqs_tf.apply "
@@ -77,14 +79,14 @@ def format_of(quantizer) -> Format:
     return fmt
 
 
-def recipe(model) -> Recipe:
+def recipe(graph: ModelGraph) -> Recipe:
     """The recipe that a deployed model follows.
 
     Raises:
       ValueError: As `quantized_layers`.
     """
-    layers = _decided(model)
-    in_float = [path for path, _ in walking.quantizable(model)]
+    layers = _decided(graph)
+    in_float = [path for path, _ in graph.with_kernels]
     info = {"float_layers": in_float} if in_float else {}
     # What is chosen for tables says nothing of the kind: they have no input to quantize.
     kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.unwrapped(layer))} or {"weights"}

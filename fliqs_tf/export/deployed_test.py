@@ -12,6 +12,7 @@ import fliqs_tf
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
 from fliqs_tf.graph import layer_types
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantizers import WeightQuantizer
 from fliqs_tf.numerics import rounding
 from fliqs_tf.numerics.formats import Format
@@ -133,7 +134,7 @@ def network(**options):
 
 def test_layers_and_weights():
     final = fliqs_tf.apply(network(), "INT4")
-    layers = dict(deployed.quantized_layers(final))
+    layers = dict(deployed.quantized_layers(ModelGraph(final)))
     assert list(layers) == ["separable", "conv", "fc"]
     weights = deployed.quantized_weights("separable", layers["separable"])
     assert {k: (w.scale.shape, w.format.name) for k, w in weights.items()} == {
@@ -146,15 +147,15 @@ def test_layers_and_weights():
 def test_the_recipe_is_that_of_the_search(tensors):
     rules = [("^fc", None), fliqs_tf.Rule("conv|separable", tie="tied")]
     searched = fliqs_tf.wrap(network(), ["INT4", "INT8"], rules, tensors=tensors)
-    assert deployed.recipe(searched.deploy()) == searched.recipe()
-    assert deployed.recipe(searched.deploy()).float_layers == ("fc",)
+    assert deployed.recipe(ModelGraph(searched.deploy())) == searched.recipe()
+    assert deployed.recipe(ModelGraph(searched.deploy())).float_layers == ("fc",)
 
 
 def test_the_recipe_of_a_model_quantized_layer_by_layer():
     inputs = keras.Input((4,))
     x = fliqs_tf.Quantized(L.Dense(4, name="a"), ["INT4"], None, name="a")(inputs)
     model = keras.Model(inputs, fliqs_tf.Quantized(L.Dense(4, name="b"), ["INT8"], ["E4M3"], "b", "b", name="b")(x))
-    assert deployed.recipe(model) == fliqs_tf.Recipe(
+    assert deployed.recipe(ModelGraph(model)) == fliqs_tf.Recipe(
         {"a/weights": "INT4", "a/activations": "FP32", "b/weights": "INT8", "b/activations": "E4M3"}, "separate"
     )
 
@@ -178,20 +179,20 @@ def test_a_search_of_layers_quantized_one_by_one():
     searched = mixed_search()
     recipe = searched.recipe()
     assert list(recipe.formats) == list(LOW) and recipe.formats["a/activations"] == "FP32"
-    assert deployed.recipe(searched.deploy()) == recipe
+    assert deployed.recipe(ModelGraph(searched.deploy())) == recipe
     assert fliqs_tf.costs.bops(searched) == fliqs_tf.costs.bops(searched.deploy())
     plain = keras.Sequential([keras.Input((4,)), *(L.Dense(4, name=name) for name in "abcd")])
     x = np.random.default_rng(0).normal(size=(3, 4)).astype("f")
     for formats, bits in ((LOW, 4 * 32 + 16 + 16 + 4 * 8), (HIGH, 8 * 32 + 64 + 64 + 8 * 8)):
         given = fliqs_tf.Recipe(formats, "separate")
         final = searched.deploy(given)
-        assert deployed.recipe(final) == given
+        assert deployed.recipe(ModelGraph(final)) == given
         assert fliqs_tf.costs.bops(final) == fliqs_tf.costs.bops(searched, given) == 16 * bits / 1e9
         plain.set_weights([w for layer in final.layers[1:] for w in layer.quantized_layer.get_weights()])
         np.testing.assert_array_equal(fliqs_tf.apply(plain, given)(x), final(x))
     uniform = fliqs_tf.Recipe.uniform(searched, "INT8")
     assert uniform.formats == {**HIGH, "d/activations": "INT8"}
-    assert deployed.recipe(searched.deploy(uniform)) == uniform
+    assert deployed.recipe(ModelGraph(searched.deploy(uniform))) == uniform
 
 
 @pytest.mark.parametrize(
@@ -210,18 +211,18 @@ def test_a_recipe_that_the_decisions_do_not_allow_is_refused(change, message):
 def test_a_model_that_is_not_deployed_is_refused():
     searched = fliqs_tf.wrap(network(), ["INT4", "INT8"])
     with pytest.raises(ValueError, match=r"'net' is still being searched: give what its deploy\(\) returns"):
-        deployed.quantized_layers(searched)
+        deployed.quantized_layers(ModelGraph(searched))
     with pytest.raises(ValueError, match=r"Layer 'separable' may still take INT4, INT8: its format is not decided"):
-        deployed.quantized_layers(searched.network)
+        deployed.quantized_layers(ModelGraph(searched.network))
     with pytest.raises(ValueError, match="'net' has no quantized layer"):
-        deployed.quantized_layers(network())
+        deployed.quantized_layers(ModelGraph(network()))
     with pytest.raises(TypeError, match="Expected a tf.keras model, got int"):
-        deployed.quantized_layers(3)
+        deployed.quantized_layers(ModelGraph(3))
 
 
 def test_input_scales():
     model = fliqs_tf.apply(network(), "INT8")
-    quantizer = dict(deployed.quantized_layers(model))["fc"].activation_quantizer
+    quantizer = dict(deployed.quantized_layers(ModelGraph(model)))["fc"].activation_quantizer
     with pytest.raises(ValueError, match="has seen no data"):
         deployed.input_scale(quantizer)
     quantizer.range.assign([12.7, 1.0])

@@ -8,6 +8,7 @@ with negative gain change their sign: the codes that were trained are the codes 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from fliqs_tf._keras import float_value, keras
 from fliqs_tf.export import boundaries, deployed
 from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step, ones
 from fliqs_tf.graph import commuting, dataflow, layer_types, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.layers.requantize import ROUNDINGS
@@ -23,47 +25,49 @@ from fliqs_tf.numerics.formats import Format
 _LAYERS = keras.layers
 
 
-def steps(model: keras.Model) -> IntegerNetwork:
+def steps(graph: ModelGraph) -> IntegerNetwork:
     """Reads a deployed model.
 
     Args:
-      model: Functional or Sequential, every format fixed.
+      graph: Of a Functional or Sequential model, every format fixed.
 
     Raises:
       ValueError: Names the layer that cannot be read, and why.
     """
-    topo = dataflow.read(model)
-    shapes = {value: shape for value, _, shape, _ in topo.inputs}
+    flow = graph.dataflow
     found: list[Step] = []
-    fresh = iter(range(1 + max([call.output for call in topo.calls], default=0), 10**9))
-    for call in topo.calls:
-        inputs = [(None, *shapes[v]) for v in call.inputs]
-        shapes[call.output] = _output_shape(call, inputs)
-        made = _read(call, [s[1:] for s in inputs], shapes[call.output], fresh)
+    fresh = iter(range(1 + max([call.output for call in flow.calls], default=0), 10**9))
+    for call, inputs, output in _shaped(flow):
+        made = _read(call, inputs, output, fresh)
         made[-1].last = (call.path, call.index)
         found += made
-    found = _without_identities(found, topo.outputs)
-    return IntegerNetwork(topo.inputs, _merged(found, topo.outputs), topo.outputs, topo.output_names)
+    found = _without_identities(found, flow.outputs)
+    return IntegerNetwork(flow.inputs, _merged(found, flow.outputs), flow.outputs, flow.output_names)
 
 
-def check_layers(model: keras.Model) -> None:
+def check_layers(graph: ModelGraph) -> None:
     """Raises, before any training, if a layer of a network has no counterpart in a file.
 
     Raises:
       ValueError: Names the layer.
     """
-    topo = dataflow.read(model)
-    shapes = {value: shape for value, _, shape, _ in topo.inputs}
-    for call in topo.calls:
-        inputs = [(None, *shapes[v]) for v in call.inputs]
-        shapes[call.output] = _output_shape(call, inputs)
+    for call, inputs, output in _shaped(graph.dataflow):
         if isinstance(call.layer, Quantized):
             layer = call.layer.quantized_layer
-            if len(layer_types.kernels(layer)) == 2 or _operation(call.path, layer, inputs[0][1:]) != "dense":
+            if len(layer_types.kernels(layer)) == 2 or _operation(call.path, layer, inputs[0]) != "dense":
                 _window(layer, call.path)
             _activation(layer, call.path, None)
         elif not isinstance(call.layer, ActivationQuantizer):
-            _read(call, [s[1:] for s in inputs], shapes[call.output], iter(range(10**9)))
+            _read(call, inputs, output, iter(range(10**9)))
+
+
+def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple], tuple]]:
+    """(call, shapes of its inputs, shape of its output), of one example; raises for a layer without a counterpart."""
+    shapes = {value: shape for value, _, shape, _ in flow.inputs}
+    for call in flow.calls:
+        inputs = [shapes[value] for value in call.inputs]
+        shapes[call.output] = _output_shape(call, [(None, *shape) for shape in inputs])
+        yield call, inputs, shapes[call.output]
 
 
 def _output_shape(call, inputs) -> tuple:
@@ -431,7 +435,7 @@ def _takes(before: Step, step: Step) -> bool:
 # ---- biases
 
 
-def round_biases(model: keras.Model) -> None:
+def round_biases(graph: ModelGraph) -> None:
     """Moves biases to the multiples of (input scale * weight scale) that int32 biases can be.
 
     By at most half of one, which is far less than quantization moves them about; but left as they are, rounding them in
@@ -439,13 +443,13 @@ def round_biases(model: keras.Model) -> None:
     of layers in float formats are rounded no more: the file computes these in float32.
 
     Args:
-      model: A deployed model with boundary quantizers.
+      graph: Of a deployed model with boundary quantizers.
     """
-    for _, layer in walking.walk(model):
-        for quantizer in layer.activation_quantizers if isinstance(layer, Quantized) else ():
+    for _, layer in graph.of_type(Quantized):
+        for quantizer in layer.activation_quantizers:
             if not boundaries.is_integer(deployed.format_of(quantizer)):
                 quantizer.pass_through()
-    network = steps(model)
+    network = steps(graph)
     activation_scales = {step.output: step.options["scale"] for step in network.steps if step.kind == "quantize"}
     moves: dict[int, tuple] = {}  # variable by id -> it, and how far each call of its layer wants it moved
     for step in network.steps:

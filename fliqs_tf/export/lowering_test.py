@@ -7,6 +7,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf._keras import keras
 from fliqs_tf.export import boundaries, lowering
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
 L = keras.layers
@@ -27,7 +28,7 @@ def network(*layers, shape=(4, 4, 2)):
 
 
 def steps(*layers, shape=(4, 4, 2)):
-    return lowering.steps(network(*layers, shape=shape)).steps
+    return lowering.steps(ModelGraph(network(*layers, shape=shape))).steps
 
 
 def said(found):
@@ -74,7 +75,7 @@ def test_epsilon_counts():
 
 def test_a_norm_goes_into_scales_signs_and_biases():
     model = network(quantized(pointwise()), norm(*NORM))
-    codes, linear = lowering.steps(model).steps
+    codes, linear = lowering.steps(ModelGraph(model)).steps
     assert said([codes, linear]) == [("quantize", "conv", "linear"), ("linear", "conv", "linear")]
     # 20.4 / 2 is 10.2, 7.2 / 0.5 is 14.4; the sign of channel 1 turns, channel 2 is off.
     np.testing.assert_array_equal(linear.linear.codes.reshape(2, 3), [[127, 127, 0], [10, -10, 0]])
@@ -82,7 +83,7 @@ def test_a_norm_goes_into_scales_signs_and_biases():
     np.testing.assert_allclose(linear.linear.bias, [5 * 1 - 1, 6 * -2 + 0, 3], rtol=1e-6)
     assert linear.shift is model.get_layer("norm").beta  # what a bias is moved by
     assert linear.last == ("norm", 0)
-    assert linear.output == lowering.steps(model).outputs[0]
+    assert linear.output == lowering.steps(ModelGraph(model)).outputs[0]
 
 
 def test_two_norms_become_one():
@@ -99,7 +100,7 @@ def test_a_norm_of_two_readers_stays_as_it_is():
     x = L.Input((4, 4, 2))
     y = quantized(pointwise())(x)
     model = keras.Model(x, [norm(*NORM)(y), L.ReLU(name="act")(y)])
-    assert said(lowering.steps(model).steps) == [
+    assert said(lowering.steps(ModelGraph(model)).steps) == [
         ("quantize", "conv", "linear"),
         ("linear", "conv", "linear"),
         ("affine", "norm", "linear"),
@@ -111,7 +112,10 @@ def test_and_one_behind_an_output_too():
     x = L.Input((4, 4, 2))
     y = quantized(pointwise())(x)
     model = keras.Model(x, [y, norm(*NORM)(y)])
-    assert said(lowering.steps(model).steps)[1:] == [("linear", "conv", "linear"), ("affine", "norm", "linear")]
+    assert said(lowering.steps(ModelGraph(model)).steps)[1:] == [
+        ("linear", "conv", "linear"),
+        ("affine", "norm", "linear"),
+    ]
 
 
 # ---- what is fused
@@ -142,7 +146,7 @@ def test_a_relu_goes_into_an_addition_but_not_into_a_product():
     for layer, found in ((L.Add(name="a"), [("add", "a", "relu")]), (L.Multiply(name="a"), product)):
         x = L.Input((4,))
         model = keras.Model(x, L.ReLU(name="r")(layer([x, x])))
-        assert said(lowering.steps(model).steps) == found
+        assert said(lowering.steps(ModelGraph(model)).steps) == found
 
 
 def test_layers_that_do_nothing_are_steps_only_where_they_make_an_output():
@@ -182,7 +186,7 @@ def test_a_separable_convolution_is_two_kernels_with_codes_between():
 def test_values_of_a_lower_rank_get_axes_behind_that_of_examples():
     image, vector = L.Input((4, 4, 2)), L.Input((2,))
     model = keras.Model([image, vector], L.Multiply(name="a")([vector, image]))
-    reshape, product = lowering.steps(model).steps
+    reshape, product = lowering.steps(ModelGraph(model)).steps
     assert (reshape.kind, reshape.inputs, reshape.shapes) == ("reshape", (1,), ((2,), (1, 1, 2)))
     assert product.inputs == (reshape.output, 0)
     assert product.shapes == ((1, 1, 2), (4, 4, 2), (4, 4, 2))
@@ -259,7 +263,7 @@ def test_why_a_class_has_no_form(layer, why):
 )
 def test_layers_are_checked_before_any_training(layer, message):
     with pytest.raises(ValueError, match=rf"Layer 'odd' of class \w+ cannot be exported to TFLite: .*{message}"):
-        lowering.check_layers(network(layer()))
+        lowering.check_layers(ModelGraph(network(layer())))
 
 
 def test_and_layers_of_several_inputs():
@@ -267,7 +271,7 @@ def test_and_layers_of_several_inputs():
     joined, attended = L.Concatenate(axis=0, name="odd")([x, x]), L.MultiHeadAttention(1, 2, name="odd")(x, x)
     for y, message in ((joined, "Concatenate .*: it joins examples"), (attended, "MultiHeadAttention cannot be")):
         with pytest.raises(ValueError, match=f"Layer 'odd' of class {message}"):
-            lowering.check_layers(keras.Model(x, y))
+            lowering.check_layers(ModelGraph(keras.Model(x, y)))
 
 
 # ---- biases
@@ -278,9 +282,9 @@ def test_biases_are_settled_at_multiples_of_the_products_of_two_steps():
     layer = quantized(pointwise(), amax=127 / 4)
     model = network(layer)
     layer.layer.bias.assign([0.3, 0.3, 0.3])
-    lowering.round_biases(model)
+    lowering.round_biases(ModelGraph(model))
     np.testing.assert_allclose(layer.layer.bias, [0.25, 0.5, 0.25], rtol=1e-6)
-    lowering.round_biases(model)
+    lowering.round_biases(ModelGraph(model))
     np.testing.assert_allclose(layer.layer.bias, [0.25, 0.5, 0.25], rtol=1e-6)
 
 
@@ -290,7 +294,7 @@ def test_behind_a_norm_its_beta_moves():
     layer.build((None, 4, 4, 2))
     layer.set_weights([np.float32([[127, -254], [10, 20]]).reshape(1, 1, 2, 2), np.float32([1, 1])])
     model = network(quantized(layer, amax=127 / 4), norm([1.0, -1.0], [0.2, 0.2], [0.0, 0.0], [4.0, 4.0]))
-    lowering.round_biases(model)
+    lowering.round_biases(ModelGraph(model))
     np.testing.assert_array_equal(layer.bias, [1, 1])
     # 0.5 + 0.2 is 5.6 eighths: 6; -0.5 + 0.2 is -1.2 quarters: -1.
     np.testing.assert_allclose(model.get_layer("norm").beta, [0.75 - 0.5, -0.25 + 0.5], rtol=1e-6)
@@ -304,10 +308,10 @@ def test_a_layer_at_two_scales_keeps_its_bias():
     shared = fliqs_tf.Quantized(L.Dense(4), ["INT8"], None, name="shared")
     model = keras.Model(x, shared(second(shared(first(x)))))
     shared.layer.set_weights([127 * np.eye(4), np.full(4, 0.4)])
-    lowering.round_biases(model)
+    lowering.round_biases(ModelGraph(model))
     np.testing.assert_array_equal(shared.layer.bias, np.float32([0.4] * 4))
     second.range.assign([127 / 4, 1])
-    lowering.round_biases(model)
+    lowering.round_biases(ModelGraph(model))
     np.testing.assert_allclose(shared.layer.bias, [0.5] * 4)
 
 
@@ -317,6 +321,6 @@ def test_inputs_in_float_formats_are_rounded_no_more():
     layer.layer.set_weights([np.ones((1, 1))])
     x = tf.constant([[1 + 2.0**-12]])
     assert model(x) == 1
-    lowering.round_biases(model)
+    lowering.round_biases(ModelGraph(model))
     assert model(x) == x
     assert not boundaries.is_integer(layer.activation_quantizer.space.formats[0])

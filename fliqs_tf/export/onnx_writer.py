@@ -17,6 +17,7 @@ from fliqs_tf.export.onnx_formats import quantized_input
 from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.export.onnx_layers import CONVERTERS, FUNCTIONS, activation
 from fliqs_tf.graph import dataflow, layer_types, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import files
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
@@ -37,8 +38,9 @@ def onnx(final, path: str | os.PathLike) -> None:
         the layer and what takes it.
       OSError: The file cannot be written.
     """
-    deployed.quantized_layers(final)
-    model = _model(final)
+    graph = ModelGraph(final)
+    deployed.quantized_layers(graph)
+    model = _model(graph)
     with files.replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
@@ -49,9 +51,9 @@ def takes(layer) -> bool:
     return isinstance(inner, (ActivationQuantizer, _LAYERS.InputLayer)) or type(inner) in CONVERTERS
 
 
-def _model(final):
+def _model(graph: ModelGraph):
     helper, proto = import_onnx().helper, import_onnx().TensorProto
-    network = dataflow.read(final)
+    final, network = graph.model, graph.dataflow
     builder = OnnxBuilder()
     values, inputs = {}, []
     for value, name, shape, dtype in network.inputs:
@@ -74,7 +76,7 @@ def _model(final):
     made = helper.make_graph(builder.nodes, final.name, inputs, outputs, list(builder.constants.values()))
     model = helper.make_model(made, producer_name="fliqs_tf", opset_imports=[helper.make_opsetid("", builder.opset)])
     model.ir_version = builder.ir_version
-    helper.set_model_props(model, {"fliqs_tf.recipe": json.dumps(deployed.recipe(final).to_dict())})
+    helper.set_model_props(model, {"fliqs_tf.recipe": json.dumps(deployed.recipe(graph).to_dict())})
     import_onnx().checker.check_model(model)
     return model
 

@@ -34,7 +34,8 @@ import tensorflow as tf
 
 from fliqs_tf._keras import IS_KERAS_3, NAME, keras
 from fliqs_tf.export import deployed
-from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.graph import layer_types
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import files, loading
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics import encoding
@@ -78,14 +79,15 @@ def packed(final, path: str | os.PathLike) -> None:
       OSError: The file cannot be written.
     """
     save = _safetensors().numpy.save
-    layers = deployed.quantized_layers(final)
+    graph = ModelGraph(final)
+    layers = deployed.quantized_layers(graph)
     weights = {
         f"{path}/{attribute}": weight
         for path, layer in layers
         for attribute, weight in deployed.quantized_weights(path, layer).items()
     }
     inputs = {name: quantizer for path, layer in layers for name, quantizer in _inputs(path, layer).items()}
-    tensors = {name: np.asarray(variable) for name, variable in _plain_variables(final).items()}
+    tensors = {name: np.asarray(variable) for name, variable in _plain_variables(graph).items()}
     for name, weight in weights.items():
         tensors[name] = _stored(weight.values, weight.format)
         if weight.scale is not None:
@@ -95,7 +97,7 @@ def packed(final, path: str | os.PathLike) -> None:
     header = {
         "layout": LAYOUT,
         "versions": {"keras": NAME, "tensorflow": tf.__version__},
-        "recipe": deployed.recipe(final).to_dict(),
+        "recipe": deployed.recipe(graph).to_dict(),
         "weights": {n: {"format": w.format.name, "shape": list(w.values.shape)} for n, w in weights.items()},
         "inputs": {n: {"format": deployed.format_of(q).name, "clip": q.clip} for n, q in inputs.items()},
         "network": _network_text(final),
@@ -132,7 +134,7 @@ def load_packed(path: str | os.PathLike, *, custom_objects=None) -> keras.Model:
     """
     data = pathlib.Path(path).read_bytes()
     try:
-        return _restore(data, custom_objects)
+        return _restore(data, custom_objects).model
     except ValueError as error:
         raise ValueError(f"{path} is not a model that can be loaded: {error}") from None
 
@@ -149,16 +151,15 @@ def _safetensors():
 # ---- what is in a model
 
 
-def _plain_variables(model) -> dict:
+def _plain_variables(graph: ModelGraph) -> dict:
     """{name: variable} of everything that is stored as it is: all but quantized weights and what quantizers hold."""
-    found: dict = {}
+    model, found = graph.model, {}
     seen = set()
-    for _, layer in walking.walk(model):
-        if isinstance(layer, Quantized):
-            seen |= {id(v) for v in _kernels("", layer).values()}
-            seen |= {id(v) for q in (*layer.weight_quantizers, *layer.activation_quantizers) for v in q.weights}
+    for _, layer in graph.of_type(Quantized):
+        seen |= {id(v) for v in _kernels("", layer).values()}
+        seen |= {id(v) for q in (*layer.weight_quantizers, *layer.activation_quantizers) for v in q.weights}
     # Backwards: what a composite layer is made of comes before it, and has its variables.
-    for path, layer in reversed(list(walking.walk(model))):
+    for path, layer in reversed(graph.layers):
         if isinstance(layer, keras.layers.Lambda):
             raise ValueError(
                 f"Model {model.name!r} cannot be packed: Layer {path!r} is a Lambda, whose code no file holds."
@@ -235,7 +236,7 @@ def _read(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     return header, {n: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in loaded}
 
 
-def _restore(data: bytes, custom_objects) -> keras.Model:
+def _restore(data: bytes, custom_objects) -> ModelGraph:
     header, tensors = _read(data)
     try:
         return _restored(header, tensors, custom_objects or {})
@@ -244,14 +245,14 @@ def _restore(data: bytes, custom_objects) -> keras.Model:
         raise ValueError(f"its header is not what this layout has ({error!r}).") from None
 
 
-def _restored(header: dict, tensors: dict[str, np.ndarray], custom_objects: dict) -> keras.Model:
+def _restored(header: dict, tensors: dict[str, np.ndarray], custom_objects: dict) -> ModelGraph:
     written = header["versions"]["keras"]
     if written.startswith("tf_keras") == IS_KERAS_3:
         switch = "set TF_USE_LEGACY_KERAS=1" if IS_KERAS_3 else "unset TF_USE_LEGACY_KERAS"
         raise ValueError(f"it was written under {written}, and this is {NAME}: {switch} before Python starts.")
-    model = _rebuilt(header["network"], custom_objects)
-    variables, values = _plain_variables(model), dict(tensors)
-    for path, layer in deployed.quantized_layers(model):
+    graph = ModelGraph(_rebuilt(header["network"], custom_objects))
+    variables, values = _plain_variables(graph), dict(tensors)
+    for path, layer in deployed.quantized_layers(graph):
         variables.update(_kernels(path, layer))
         variables.update({f"{name}.range": q.range for name, q in _inputs(path, layer).items()})
     for name, about in header["weights"].items():
@@ -268,10 +269,10 @@ def _restored(header: dict, tensors: dict[str, np.ndarray], custom_objects: dict
                 f"{name!r} has the shape {list(values[name].shape)}, its network needs {list(variable.shape)}."
             )
         variable.assign(values[name])
-    for _, layer in walking.walk(model):
+    for _, layer in graph.layers:
         if hasattr(layer, "finalize_state"):  # Normalization computes with what it took from its variables
             layer.finalize_state()
-    return model
+    return graph
 
 
 def _unpacked(about: dict, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
@@ -300,7 +301,7 @@ def _rebuilt(network: str, custom_objects: dict) -> keras.Model:
         raise ValueError(f"Keras cannot rebuild its network: {cause[:300]}") from None
 
 
-def _check_same(weights: dict[str, deployed.QuantizedWeight], restored) -> None:
+def _check_same(weights: dict[str, deployed.QuantizedWeight], restored: ModelGraph) -> None:
     """Raises if a restored layer computes with another weight, as one whose variables are float16 would."""
     for path, layer in deployed.quantized_layers(restored):
         for attribute, weight in deployed.quantized_weights(path, layer).items():

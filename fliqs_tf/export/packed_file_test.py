@@ -18,6 +18,7 @@ from fliqs_tf import export
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.export import deployed, tflite_writer
 from fliqs_tf.export.packed_file import _digest, _read, _restore
+from fliqs_tf.graph.model_graph import ModelGraph
 
 L = keras.layers
 FORMATS = [f"INT{b}" for b in (2, 3, 4, 5, 6, 7, 8, 12, 16)] + [
@@ -94,7 +95,7 @@ def test_a_mixed_model_comes_back_to_the_bit(packed_file):
     copy = export.load_packed(path)
     for ours, theirs in zip(model(data(1)), copy(data(1))):
         np.testing.assert_array_equal(ours, theirs)
-    assert deployed.recipe(copy) == deployed.recipe(model)
+    assert deployed.recipe(ModelGraph(copy)) == deployed.recipe(ModelGraph(model))
     assert [w.shape for w in copy.weights] == [w.shape for w in model.weights]
 
 
@@ -144,7 +145,10 @@ def test_scalar_variables_come_back(tmp_path):
     for_tflite = fliqs_tf.apply(keras.Model(inputs, L.Dense(2, name="fc")(inputs)), "INT8", target="tflite")
     for model in (adapted, for_tflite):
         model(x, training=True)
-    for model, scalar in ((adapted, "norm/count"), (tflite_writer.as_shipped(for_tflite), "fc_kernel/scale")):
+    for model, scalar in (
+        (adapted, "norm/count"),
+        (tflite_writer.as_shipped(ModelGraph(for_tflite)).model, "fc_kernel/scale"),
+    ):
         export.packed(model, tmp_path / "m")
         assert header_of((tmp_path / "m").read_bytes())[scalar]["shape"] == []
         np.testing.assert_array_equal(export.load_packed(tmp_path / "m")(x), model(x))
@@ -169,7 +173,7 @@ def test_tensors_of_the_file(packed_file):
     about = json.loads(header["__metadata__"]["fliqs_tf"])
     assert about["weights"]["conv/kernel"] == {"format": "INT4", "shape": [3, 3, 3, 6]}
     assert about["inputs"]["conv/input"] == {"format": "INT4", "clip": 1.0}
-    assert fliqs_tf.Recipe.from_dict(about["recipe"]) == deployed.recipe(model)
+    assert fliqs_tf.Recipe.from_dict(about["recipe"]) == deployed.recipe(ModelGraph(model))
     with safe_open(path, "np") as file:
         # Two INT4 codes to a byte, the first one low; by hand.
         kernel = model.get_layer("conv").quantized_layer.kernel.numpy()
@@ -211,7 +215,7 @@ def test_the_size_is_the_recipes_memory_and_scales_and_what_is_in_float(packed_f
     model, path = packed_file
     expected = 0
     rest = sum(int(np.prod(w.shape)) for w in model.weights) * 4
-    for path_of_layer, layer in deployed.quantized_layers(model):
+    for path_of_layer, layer in deployed.quantized_layers(ModelGraph(model)):
         for weight in deployed.quantized_weights(path_of_layer, layer).values():
             expected += -(-weight.values.size * weight.format.bits // 8) + 4 * weight.scale.size
             rest -= 4 * weight.values.size

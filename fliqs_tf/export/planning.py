@@ -11,6 +11,7 @@ from fliqs_tf.costs.profile import Profile
 from fliqs_tf.export import lowering, onnx_writer, targets
 from fliqs_tf.export.targets import CANNOT, NATIVE, TARGETS, Run
 from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.quantize.recipe import Recipe
 
@@ -91,7 +92,7 @@ def plan(recipe_or_model, target: str | os.PathLike | Profile) -> SupportTable:
         return SupportTable(name, tuple(_rows_of_recipe(recipe_or_model, run)))
     if not isinstance(recipe_or_model, keras.layers.Layer):
         raise TypeError(f"A plan is made for a recipe or a tf.keras model, got {type(recipe_or_model).__name__}.")
-    return SupportTable(name, tuple(_rows_of_model(recipe_or_model, run, target if of_file else None)))
+    return SupportTable(name, tuple(_rows_of_model(_graph_of(recipe_or_model), run, target if of_file else None)))
 
 
 def _rows_of_recipe(recipe: Recipe, run):
@@ -105,9 +106,14 @@ def _rows_of_recipe(recipe: Recipe, run):
         yield Row(path, "", costs.FLOAT.name, costs.FLOAT.name, run(costs.FLOAT.name, costs.FLOAT.name))
 
 
-def _rows_of_model(model, run, target: str | None):
-    network = getattr(model, "network", model)
-    for path, layer in walking.walk(network):
+def _graph_of(model: keras.layers.Layer) -> ModelGraph:
+    """That of the network, if the model is still being searched."""
+    graph = getattr(model, "graph", None)
+    return graph if isinstance(graph, ModelGraph) else ModelGraph(model)
+
+
+def _rows_of_model(graph: ModelGraph, run, target: str | None):
+    for path, layer in graph.layers:
         inner = walking.unwrapped(layer)
         kind = type(inner).__name__
         reason = _why_no_file(path, layer, target)

@@ -25,6 +25,7 @@ from fliqs_tf.export import boundaries, lowering, tflite_kernels
 from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step, ones
 from fliqs_tf.export.tflite_file import QuantizationParameters, TfliteFile
 from fliqs_tf.graph import rewriting
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches, files
 from fliqs_tf.layers import requantize
 
@@ -62,25 +63,26 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
         import ai_edge_litert  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
-    lowering.check_layers(final)  # before it is copied: some layers that have no form have no copy either
-    model = boundaries.with_boundary_quantizers(rewriting.without(final, requantize.ROUNDINGS))
-    examples = None if representative is None else batches.read(representative, model, "representative")
-    boundaries.calibrate(model, examples and (batch.x for batch in examples.in_order(_BATCH)))
-    lowering.round_biases(model)
-    writer = _Writer(lowering.steps(model), int4)
+    graph = ModelGraph(final)
+    lowering.check_layers(graph)  # before it is copied: some layers that have no form have no copy either
+    graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
+    examples = None if representative is None else batches.read(representative, graph.model, "representative")
+    boundaries.calibrate(graph, examples and (batch.x for batch in examples.in_order(_BATCH)))
+    lowering.round_biases(graph)
+    writer = _Writer(lowering.steps(graph), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)
-    return requantize.insert(model, writer.roundings)
+    return requantize.insert(graph, writer.roundings).model
 
 
-def as_shipped(model):
+def as_shipped(graph: ModelGraph) -> ModelGraph:
     """A copy of a trained model with boundary quantizers, computing what its file will: what `tflite` returns."""
-    model = boundaries.with_boundary_quantizers(model)
-    lowering.round_biases(model)
-    writer = _Writer(lowering.steps(model), int4=True)
+    graph = boundaries.with_boundary_quantizers(graph)
+    lowering.round_biases(graph)
+    writer = _Writer(lowering.steps(graph), int4=True)
     writer.run()
-    return requantize.insert(model, writer.roundings)
+    return requantize.insert(graph, writer.roundings)
 
 
 class _Writer:

@@ -8,7 +8,7 @@ import pytest
 import fliqs_tf
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed, tflite_writer
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import shared_ranges
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.layers.requantize import AccumulatorRounding
@@ -158,7 +158,7 @@ def quantized(name, formats):
     model = network(name)
     paths = list(fliqs_tf.Recipe.uniform(model, "INT8").formats)
     final = fliqs_tf.apply(model, fliqs_tf.Recipe({p: formats[i % len(formats)] for i, p in enumerate(paths)}))
-    for _, layer in walking.walk(final):
+    for _, layer in ModelGraph(final).layers:
         if isinstance(layer, L.BatchNormalization):
             layer.trainable = False
     return final
@@ -254,7 +254,7 @@ def test_means_half_way_between_two_codes(tmp_path):
     model = keras.Model(image, L.Dense(2)(L.GlobalAveragePooling2D()(same)))
     final = fliqs_tf.apply(model, "INT8", target="tflite")
     x = np.random.default_rng(0).integers(-63, 64, (500, 2, 2, 16)).astype(np.float32)
-    for _, layer in walking.walk(final):
+    for _, layer in ModelGraph(final).layers:
         for quantizer in [layer, getattr(layer, "activation_quantizer", None)]:
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.range.assign([127 * np.float32(0.05), 1])
@@ -277,9 +277,9 @@ def test_calls_of_a_shared_layer_round_each_in_its_way():
     layer = trained.get_layer("twice")
     layer.layer.bias.assign([0.1, -0.2, 0.3])
     trained(examples(8, *IMAGE), training=True)
-    shipped = tflite_writer.as_shipped(trained)
+    shipped = tflite_writer.as_shipped(ModelGraph(trained)).model
     # The two calls of the nested network write to different scales, and its layers are there once.
-    found = [layer.name for _, layer in walking.walk(shipped) if isinstance(layer, AccumulatorRounding)]
+    found = [layer.name for _, layer in ModelGraph(shipped).of_type(AccumulatorRounding)]
     assert found == ["twice_kernel", "twice_kernel_1"]
     # Both calls want the bias at the next multiple; it goes there once.
     kernel, amax = np.asarray(layer.layer.kernel, np.float64), float(layer.activation_quantizer.range[0])
@@ -339,12 +339,12 @@ def test_also_in_what_is_made_of_it(tmp_path):
         keras.models.load_model(tmp_path / "around.keras"),
         keras.models.load_model(tmp_path / "qmodel.keras").network,
         qmodel.deploy(),
-        tflite_writer.as_shipped(trained),
+        tflite_writer.as_shipped(ModelGraph(trained)).model,
     ]
     for model in models:
         model(3 * examples(8, *IMAGE, seed=1), training=True)
         model(9 * examples(8, *IMAGE, seed=2), training=True)
-        ((boundary, reader),) = shared_ranges.followers(model)
+        ((boundary, reader),) = shared_ranges.followers(ModelGraph(model))
         assert boundary.range[0] > 0
         np.testing.assert_array_equal(boundary.range, reader.range)
         assert len(boundary._followers) == 1
@@ -356,7 +356,7 @@ def test_sequential_models_around_a_network_too(tmp_path):
     loaded = keras.models.load_model(tmp_path / "fixed.keras")
     assert isinstance(loaded, keras.Sequential)
     loaded(examples(8, *IMAGE), training=True)
-    ((boundary, reader),) = shared_ranges.followers(loaded)
+    ((boundary, reader),) = shared_ranges.followers(ModelGraph(loaded))
     assert boundary.range[0] > 0
     np.testing.assert_array_equal(boundary.range, reader.range)
 

@@ -211,7 +211,7 @@ def _pairs(layer, copy) -> list[tuple]:
 
 
 def _own_pairs(layer, copy) -> list[tuple]:
-    """(layer, copy) of a layer and of what is in it, without those that `walking.walk` gives, too."""
+    """(layer, copy) of a layer and of what is in it, without those that `ModelGraph.layers` has, too."""
     return [(layer, copy)] if walking.children(layer) else _pairs(layer, copy)
 
 

@@ -6,6 +6,7 @@ Read from the network's own configuration, which both Kerases write in nearly th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,12 @@ class Dataflow:
     outputs: tuple[int, ...]
     output_names: tuple[str, ...]
 
+    @functools.cached_property
+    def makers(self) -> dict[int, Call]:
+        """Value -> the call that gives it; inputs have none."""
+        return {call.output: call for call in self.calls}
+
+    @functools.cached_property
     def readers(self) -> dict[int, list[Call]]:
         """Value -> the calls that read it."""
         found: dict[int, list[Call]] = {}

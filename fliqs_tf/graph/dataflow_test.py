@@ -64,7 +64,7 @@ def test_nested_networks_are_opened_at_each_of_their_calls():
 def test_readers_stand_once_each():
     x = L.Input((3,))
     model = keras.Model(x, L.Add(name="more")([L.Add(name="double")([x, x]), x]))
-    found = dataflow.read(model).readers()
+    found = dataflow.read(model).readers
     assert {value: [call.path for call in calls] for value, calls in found.items()} == {
         0: ["double", "more"],
         1: ["more"],

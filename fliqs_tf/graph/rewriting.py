@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph import copies, dataflow, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 
 _LAYERS = keras.layers
 
@@ -14,15 +15,15 @@ def last_name(path: str) -> str:
 
 
 def with_added(
-    model: keras.Model,
+    graph: ModelGraph,
     added: dict,
     removed: set[str] = frozenset(),
     kinds: tuple[type, type] = (keras.Model, keras.Sequential),
-) -> keras.Model:
+) -> ModelGraph:
     """A copy of a network with layers put behind some of its own, and others taken out.
 
     Args:
-      model: Functional or Sequential.
+      graph: Of a Functional or Sequential model.
       added: Path of a layer -> layers to put behind each of its calls, one after the other; or (path, which of its
         calls) -> layers to put behind that one.
       removed: Paths of layers that read one value and change no shape.
@@ -31,7 +32,7 @@ def with_added(
     Raises:
       ValueError: The network has a layer of such a name.
     """
-    used = {last_name(path) for path, _ in walking.walk(model)}
+    model, used = graph.model, {last_name(path) for path, _ in graph.layers}
     clash = [layer.name for layers in added.values() for layer in layers if layer.name in used]
     if clash:
         raise ValueError(f"Model {model.name!r} has a layer {clash[0]!r} already: give it another name.")
@@ -40,19 +41,20 @@ def with_added(
         copy = kinds[isinstance(model, keras.Sequential)].from_config(config)
     if not copy.built:
         copy.build((None, *model.inputs[0].shape[1:]))
-    made = dict(walking.walk(copy))
-    for path, layer in walking.walk(model):
-        if path in made:
-            copies.keep_functions(walking.unwrapped(layer), walking.unwrapped(made[path]))
+    made = ModelGraph(copy)
+    for path, layer in graph.layers:
+        if path in made.by_path:
+            copies.keep_functions(walking.unwrapped(layer), walking.unwrapped(made.by_path[path]))
             if layer.weights:
-                made[path].set_weights(layer.get_weights())
-    return copy
+                made.by_path[path].set_weights(layer.get_weights())
+    return made
 
 
-def without(model: keras.Model, cls: type) -> keras.Model:
-    """A copy of a network without the layers of a class that read one value and change no shape."""
-    paths = [path for path, layer in walking.walk(model) if isinstance(layer, cls)]
-    return with_added(model, {}, set(paths)) if paths else model
+def without(graph: ModelGraph, *classes: type) -> ModelGraph:
+    """A copy of a network without the layers of some classes that read one value and change no shape; the network
+    itself if it has none."""
+    paths = {path for path, _ in graph.of_type(*classes)}
+    return with_added(graph, {}, paths) if paths else graph
 
 
 def _edited(config: dict, prefix: str, added: dict, removed: set[str]) -> dict:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import keras, map_shapes, only_shapes, recorded_input_specs
 from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TracedLayer:
     is_table: bool = False
 
 
-def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
+def trace(graph: ModelGraph, input_shape=None, named=()) -> list[TracedLayer]:
     """Every layer with a kernel, in the model's order, with its MACs and weights. Quantized embeddings and
     products of activations too.
 
@@ -39,16 +40,17 @@ def trace(model: keras.Model, input_shape=None, named=()) -> list[TracedLayer]:
     every call: also where a model folds parts of an example into the batch axis.
 
     Args:
-      model: A built model.
+      graph: Of a built model.
       input_shape: See `input_specs`. Needed only if the model leaves a size open.
       named: Paths of embeddings in float that count too.
 
     Raises:
       ValueError: The model is not built, or leaves a size open and no `input_shape` is given.
     """
+    model = graph.model
     found = [
         (path, layer)
-        for path, layer in walking.walk(model)
+        for path, layer in graph.layers
         if walking.unwrapped(layer).built and _counts(layer, path in named)
     ]
     example = _one_example(model, input_shape)

@@ -4,7 +4,8 @@ import pytest
 import tensorflow as tf
 
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import layer_types, tracing, walking
+from fliqs_tf.graph import layer_types, tracing
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.quantize import network
 
 L = keras.layers
@@ -16,7 +17,7 @@ def model_of(layer, *input_shape):
 
 
 def counted(model, input_shape=None):
-    return {t.path: (t.macs, t.weights) for t in tracing.trace(model, input_shape)}
+    return {t.path: (t.macs, t.weights) for t in tracing.trace(ModelGraph(model), input_shape)}
 
 
 LAYERS = {
@@ -89,7 +90,7 @@ LAYERS = {
 def test_a_layer_by_hand_also_when_it_is_quantized(make, input_shape, macs, weights):
     model = model_of(make(), *input_shape)
     assert list(counted(model).values()) == [(macs, weights)]
-    assert counted(network.quantized_network(model, ["INT4", "INT8"])) == counted(model)
+    assert counted(network.quantized_network(ModelGraph(model), ["INT4", "INT8"]).model) == counted(model)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_a_subclass_of_a_known_layer_is_not_known():
 
     model = model_of(Twice(3, name="twice"), 4)
     assert counted(model) == {}
-    assert [path for path, _ in walking.left_in_float(model)] == ["twice"]
+    assert [path for path, _ in network.left_in_float(ModelGraph(model))] == ["twice"]
 
 
 def test_a_shared_layer_counts_every_call_and_its_weights_once():
@@ -176,8 +177,8 @@ def test_a_network_that_is_nothing_but_one_layer_adds_nothing_to_paths():
     inputs = keras.Input((3,))
     alone = keras.Model(inputs, Held(name="net")(inputs), name="net")
     assert list(counted(alone)) == HELD
-    assert [path for path, layer in walking.walk(Held()) if layer_types.kernels(layer)] == HELD
-    assert walking.quantizable(Held()) == []  # nothing is built yet
+    assert [path for path, layer in ModelGraph(Held()).layers if layer_types.kernels(layer)] == HELD
+    assert ModelGraph(Held()).with_kernels == ()  # nothing is built yet
 
 
 def attention(**options):
@@ -214,7 +215,7 @@ def test_input_shapes_that_do_not_fit(input_shape, why):
     inputs = keras.Input((8, 8, 3), name="image")
     model = keras.Model(inputs, L.Conv2D(2, 3)(inputs), name="net")
     with pytest.raises(ValueError, match=why):
-        tracing.trace(model, input_shape)
+        tracing.trace(ModelGraph(model), input_shape)
 
 
 def test_examples_that_became_rows_count_as_parts_of_an_example():
@@ -250,7 +251,7 @@ def test_integer_inputs():
 def test_an_open_size_needs_the_input_shape():
     model = model_of(L.Conv2D(5, 3, padding="same", name="conv"), None, None, 4)
     with pytest.raises(ValueError, match=r"open shape \(None, None, 4\).*input_shape=\(224, 224, 3\)"):
-        tracing.trace(model)
+        tracing.trace(ModelGraph(model))
     assert counted(model, (8, 10, 4)) == {"conv": (80 * 9 * 4 * 5, 9 * 4 * 5)}
     assert counted(model, [2, 2, 4]) == {"conv": (4 * 9 * 4 * 5, 9 * 4 * 5)}
 
@@ -270,16 +271,18 @@ def test_layers_that_multiply_but_are_not_known_are_listed():
     x = L.BatchNormalization(name="bn")(L.Dropout(0.1)(L.ReLU()(x)))
     model = keras.Model(inputs, L.Dense(2, name="fc")(x))
     in_float = ["embedding", "lstm", "distributed"]
-    assert [path for path, _ in walking.left_in_float(model)] == in_float
-    assert [path for path, _ in walking.quantizable(model)] == ["fc"]
-    assert [path for path, _ in walking.left_in_float(network.quantized_network(model, ["INT4", "INT8"]))] == in_float
+    assert [path for path, _ in network.left_in_float(ModelGraph(model))] == in_float
+    assert [path for path, _ in ModelGraph(model).with_kernels] == ["fc"]
+    assert [
+        path for path, _ in network.left_in_float(network.quantized_network(ModelGraph(model), ["INT4", "INT8"]))
+    ] == in_float
 
 
 def test_tracing_leaves_the_model_as_it_was():
     model = model_of(L.Dense(5, name="fc"), 4)
     layer = model.get_layer("fc")
     before = model(tf.ones((2, 4))).numpy()
-    tracing.trace(model)
+    tracing.trace(ModelGraph(model))
     assert "call" not in vars(layer)
     assert (model(tf.ones((2, 4))).numpy() == before).all()
 

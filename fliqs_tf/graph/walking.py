@@ -1,4 +1,4 @@
-"""The layers of a model, by path: through nested networks, composite layers and wrappers."""
+"""The layers of a model, by path: through nested networks, composite layers and wrappers. `ModelGraph` holds them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ from fliqs_tf.graph import layer_types
 _LAYERS = keras.layers
 # Their layers run in loops, or with weights that are not their own: what they compute cannot be read off their calls.
 _CLOSED = (_LAYERS.RNN, _LAYERS.TimeDistributed, _LAYERS.SpectralNormalization)
-
-
-def attention_products(model: keras.Model) -> list[tuple[str, tuple[int, str]]]:
-    """(path, (id of the attention layer, name)) of the products in the attention layers of a model."""
-    root = composite_root(model) if is_network(model) else unwrapped(model)
-    found = [("", root)] * (root is not None) + [(f"{path}/", unwrapped(layer)) for path, layer in walk(model)]
-    return [(prefix + name, (id(layer), name)) for prefix, layer in found for name, _, _ in layer_types.products(layer)]
 
 
 def is_graph(layer: keras.layers.Layer) -> bool:
@@ -109,17 +102,13 @@ def _is_automatic(layer) -> bool:
     return stem in (type(layer).__name__.replace("_", "").lower(), *classes)
 
 
-def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of every layer of a model or layer, each once, in the model's order.
+def walk(model: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """(path, layer) of all that a model or layer is made of, each once, in the model's order.
 
-    Goes into nested networks and composite layers. A path is made of names: "encoder/block_3/attention/query". In a
-    composite layer the place of a layer stands for a name that Keras gave, which depends on what was made before, or
-    that another layer there has too: "blocks/3". A network that is nothing but one composite layer of its own name adds
-    nothing: "dense", not "net/dense".
-
-    Args:
-      model: Where to start; it does not come out itself.
-      networks: Nested networks come out too, as composite layers do, before what they are made of.
+    Nested networks and composite layers come before what they are made of; the model itself does not come out. A path
+    is made of names: "encoder/block_3/attention/query". In a composite layer the place of a layer stands for a name
+    that Keras gave, which depends on what was made before, or that another layer there has too: "blocks/3". A network
+    that is nothing but one composite layer of its own name adds nothing: "dense", not "net/dense".
     """
     seen = set()
 
@@ -134,8 +123,7 @@ def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[st
                 seen.add(id(child))
                 by_place = in_composite and (names[child.name] > 1 or _is_automatic(child))
                 path = prefix + (place if by_place else child.name)
-                if networks or not is_network(child):
-                    yield path, child
+                yield path, child
                 yield from visit(child, f"{path}/", in_composite)
 
     return visit(model, "", False)
@@ -144,27 +132,6 @@ def walk(model: keras.layers.Layer, networks: bool = False) -> Iterator[tuple[st
 def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:
     """The layer inside one of this package's wrappers; others (TimeDistributed) stay what they are."""
     return getattr(layer, "quantized_layer", getattr(layer, "composite_layer", layer))
-
-
-def quantizable(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of the layers that have kernels. A layer that was never called has none yet."""
-    return [(path, layer) for path, layer in walk(model) if layer.built and layer_types.kernels(layer)]
-
-
-def embeddings(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of the embeddings whose tables can be quantized."""
-    return [(path, layer) for path, layer in walk(model) if layer.built and layer_types.table(layer)]
-
-
-def left_in_float(model: keras.Model) -> list[tuple[str, keras.layers.Layer]]:
-    """(path, layer) of layers that multiply by weights but whose class is not known, such as LSTM or Embedding."""
-    return [
-        (path, layer)
-        for path, layer in walk(model)
-        if not layer_types.kernels(layer)
-        and not hasattr(layer, "quantized_layer")
-        and any(len(w.shape) > 1 for w in own_weights(unwrapped(layer)))
-    ]
 
 
 def own_weights(layer: keras.layers.Layer) -> list:

@@ -9,6 +9,7 @@ from fliqs_tf import costs, export
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.export import deployed
 from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.quantize import copying
@@ -58,7 +59,7 @@ def by_hand(model, x, memory, formats=("FP32",) * 4, mask=None):
 
 
 def products(model):
-    return {path: layer for path, layer in walking.walk(model) if isinstance(layer, Product)}
+    return dict(ModelGraph(model).of_type(Product))
 
 
 def search(**options):
@@ -130,7 +131,7 @@ def test_search_recipe_deploy_and_files(tensors, tmp_path):
     if tensors == "separate":
         qmodel.fit(tf.data.Dataset.from_tensors((tuple(DATA), tf.ones((3, 5, 6)))).repeat(4), verbose=0)
     final, expected = qmodel.deploy(), np.array(qmodel(DATA))
-    assert deployed.recipe(final) == qmodel.recipe()
+    assert deployed.recipe(ModelGraph(final)) == qmodel.recipe()
     np.testing.assert_array_equal(final(DATA), expected)
     final.save(tmp_path / "final.keras")
     np.testing.assert_array_equal(keras.models.load_model(tmp_path / "final.keras")(DATA), expected)
@@ -153,10 +154,10 @@ class Block(L.Layer):
 def test_attention_inside_of_a_layer(tmp_path):
     inputs = keras.Input((5, 6))
     model = keras.Model(inputs, Block(name="block")(inputs), name="net")
-    network = quantized_network(model, FORMATS, IN_FLOAT, attention_scores=True)
-    assert [d.name for d in open_decisions(network)] == [f"block/{p}" for p in PRODUCTS]
+    network = quantized_network(ModelGraph(model), FORMATS, IN_FLOAT, attention_scores=True).model
+    assert [d.name for d in open_decisions(ModelGraph(network))] == [f"block/{p}" for p in PRODUCTS]
     assert [s.macs for s in costs.sites(network) if s.weight_decision] == [2 * 5 * 5 * 3] * 2
-    fixed = copying.fixed(network, {"block/attention/scores": "INT8"})
+    fixed = copying.fixed(ModelGraph(network), {"block/attention/scores": "INT8"}).model
     assert [products(fixed)[f"block/{p}"].get_config()["weight_formats"] for p in PRODUCTS] == [["INT8"], ["INT4"]]
     expected = DATA[0] + by_hand_block(model, DATA[0])
     np.testing.assert_allclose(fixed(DATA[0]), expected, rtol=1e-4, atol=1e-4)
@@ -186,7 +187,7 @@ def test_a_product_hands_on_no_mask():
 def test_a_product_in_float_beside_a_quantized_one():
     model = net()
     rules = [*IN_FLOAT, ("attention/scores", None)]
-    network = copying.fixed(quantized_network(model, FORMATS, rules, attention_scores=True), {})
+    network = copying.fixed(quantized_network(ModelGraph(model), FORMATS, rules, attention_scores=True), {}).model
     assert list(products(network)) == ["attention/context"]
     expected = by_hand(model, *DATA, ("FP32", "FP32", "INT4", "INT4"))
     np.testing.assert_allclose(network(DATA), expected, rtol=1e-4, atol=1e-4)

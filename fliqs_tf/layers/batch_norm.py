@@ -19,6 +19,7 @@ import tensorflow as tf
 from fliqs_tf import replicas
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph import tracing, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 
 _LOG = logging.getLogger("fliqs_tf")
 # With SyncBatchNormalization of tf_keras, which is no subclass of the other.
@@ -29,31 +30,31 @@ Moments: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 Found: TypeAlias = dict[keras.layers.BatchNormalization, list[Moments]]
 
 
-def batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+def batch_norms(graph: ModelGraph) -> list[keras.layers.BatchNormalization]:
     """The batch normalization layers of a model that follow the data; a frozen one is a constant scale and offset."""
-    return [layer for _, layer in walking.walk(model) if isinstance(layer, _CLASS) and layer.trainable]
+    return [layer for _, layer in graph.of_type(_CLASS) if layer.trainable]
 
 
-def check(model: keras.Model) -> None:
+def check(graph: ModelGraph) -> None:
     """Raises for batch normalization that a copy of the model would not have.
 
     Raises:
       ValueError: Names the layer.
     """
-    for path, layer in walking.walk(model):
+    for path, layer in graph.of_type(_CLASS):
         for option in ("virtual_batch_size", "adjustment"):
-            if isinstance(layer, _CLASS) and getattr(layer, option, None) is not None:
+            if getattr(layer, option, None) is not None:
                 raise ValueError(
                     f"Layer {path!r} has {option}={getattr(layer, option)!r}, which its get_config does not write, or "
                     f"not so that it can be read: no copy of the model has it. Make the layer without {option}."
                 )
 
 
-def warn_of_closed(model: keras.Model) -> None:
+def warn_of_closed(graph: ModelGraph) -> None:
     """Names layers that run their parts in loops of their own (TimeDistributed), with batch normalization among these:
     readings and estimation do not get at it."""
-    reached = {id(layer) for layer in batch_norms(model)}
-    for path, layer in walking.walk(model):
+    reached = {id(layer) for layer in batch_norms(graph)}
+    for path, layer in graph.layers:
         inside = [part for part in layer._flatten_layers() if isinstance(part, _CLASS) and id(part) not in reached]
         if not walking.children(layer) and layer not in inside and any(part.trainable for part in inside):
             _LOG.warning(
@@ -65,7 +66,7 @@ def warn_of_closed(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def batch_statistics(model: keras.Model, found: Found | None = None) -> Iterator[None]:
+def batch_statistics(graph: ModelGraph, found: Found | None = None) -> Iterator[None]:
     """Within it a model that is called with `training=True` takes batch normalization for training and everything else
     for inference; nothing is stored.
 
@@ -73,12 +74,12 @@ def batch_statistics(model: keras.Model, found: Found | None = None) -> Iterator
     `training=False` from here, but for layers of your own that hold batch normalization.
 
     Args:
-      model: Without batch normalization that follows the data everything in it computes as at inference.
+      graph: Without batch normalization that follows the data everything in it computes as at inference.
       found: Gets layer -> [(count, mean, variance) of each call]; `count` examples or positions, without masked ones.
     """
-    layers = batch_norms(model)
+    layers = batch_norms(graph)
     around = {id(layer) for layer in layers}
-    everything = list(model._flatten_layers())
+    everything = list(graph.model._flatten_layers())
     holders = [each for each in everything if any(id(part) in around for part in each._flatten_layers())]
     around |= {id(layer) for layer in holders}
     overrides = {layer: _normalizer(layer, found) for layer in layers}
@@ -226,7 +227,7 @@ def _over_replicas(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> Mo
     return replicas.mean(count), whole, variance
 
 
-def recalibrate(model: keras.Model, batches: Iterable[Any], *, shared: bool = False) -> int:
+def recalibrate(graph: ModelGraph, batches: Iterable[Any], *, shared: bool = False) -> int:
     """Replaces the moving averages by mean and variance over all examples of the batches. Forward passes only.
 
     Each layer is normalized with the statistics of its batch meanwhile, as in training, but how examples are cut into
@@ -237,20 +238,21 @@ def recalibrate(model: keras.Model, batches: Iterable[Any], *, shared: bool = Fa
     workers must call it together, with as many batches.
 
     Args:
-      model: Its formats must be set.
+      graph: Of a model whose formats are set.
       batches: Iterable of model inputs.
       shared: The batches are already what the replicas of this process share.
 
     Returns:
       The number of batches used; 0 leaves the averages as they are.
     """
-    layers, strategy = batch_norms(model), model.distribute_strategy
+    model, layers = graph.model, batch_norms(graph)
+    strategy = model.distribute_strategy
     if not layers:
         return 0
 
     def statistics(x: Any) -> list[Moments]:
         found: Found = {}
-        with batch_statistics(model, found):
+        with batch_statistics(graph, found):
             model(x, training=True)
         merged = []
         for layer in layers:

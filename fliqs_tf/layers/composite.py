@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import keras, replace_layers
 from fliqs_tf.graph import layer_types, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import install
 from fliqs_tf.layers.quantized import Quantized
 
@@ -26,7 +27,7 @@ class Composite(keras.layers.Layer):
     Args:
       layer: A layer or subclassed model that holds layers in attributes, or in lists, tuples and dicts there. It
         belongs to the wrapper from then on.
-      parts: {path of a layer inside, as `walking.walk` gives it: arguments of `Quantized` without the layer}. The path
+      parts: {path of a layer inside, as `ModelGraph` gives it: arguments of `Quantized` without the layer}. The path
         of an attention layer and "/scores" or "/context" stand for its products: arguments of `attention.install`.
 
     Raises:
@@ -76,23 +77,19 @@ class Composite(keras.layers.Layer):
                 self.layer(*args, **kwargs)
 
     def _replace(self) -> None:
-        there = dict(walking.walk(self.layer))
-        attention = {"": self.layer, **dict(walking.walk(self.layer, networks=True))}
+        graph = ModelGraph(self.layer)
+        there, parts = graph.by_path, {"": self.layer, **dict(graph.parts)}
         of_attention = {
             layer: {name: self._parts[path] for path, name in _product_paths(path, layer) if path in self._parts}
-            for path, layer in attention.items()
+            for path, layer in parts.items()
             if layer_types.products(layer)
         }
-        known = {path for path, layer in attention.items() for path, _ in _product_paths(path, layer)}
+        known = {path for path, layer in parts.items() for path, _ in _product_paths(path, layer)}
         missing = [path for path in self._parts if path not in there and path not in known]
         if missing:
             raise ValueError(f"Layer {self.name!r} has no part {missing[0]!r}. Its parts: {', '.join(there)}.")
         new = {id(there[path]): quantized(there[path], part) for path, part in self._parts.items() if path in there}
-        owners = [
-            self.layer,
-            *(layer for _, layer in walking.walk(self.layer, networks=True) if walking.children(layer)),
-        ]
-        for owner in owners:
+        for owner in [self.layer, *(layer for _, layer in graph.parts if walking.children(layer))]:
             replace_layers(owner, new)
         for layer, arguments in of_attention.items():
             if arguments:

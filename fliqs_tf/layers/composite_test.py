@@ -7,7 +7,8 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf import costs, wrapping
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.graph import tracing, walking
+from fliqs_tf.graph import tracing
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import batch_norm
 from fliqs_tf.layers.composite import Composite
 from fliqs_tf.layers.quantized import Quantized
@@ -50,11 +51,11 @@ def saved_and_loaded(model, tmp_path):
 
 def test_attention_has_a_decision_per_projection_and_computes_the_same_in_fp32():
     model = attention()
-    network = quantized_network(model, FORMATS)
-    assert [d.name for d in open_decisions(network)] == [f"attention/{p}" for p in PROJECTIONS]
+    network = quantized_network(ModelGraph(model), FORMATS).model
+    assert [d.name for d in open_decisions(ModelGraph(network))] == [f"attention/{p}" for p in PROJECTIONS]
     np.testing.assert_array_equal(network(ATTENTION_DATA), model(ATTENTION_DATA))
     assert len(network.trainable_variables) == len(model.trainable_variables)
-    assert not any(isinstance(layer, Quantized) for _, layer in walking.walk(model))
+    assert not any(isinstance(layer, Quantized) for _, layer in ModelGraph(model).layers)
 
 
 def test_quantized_attention_is_attention_with_quantized_kernels():
@@ -64,7 +65,7 @@ def test_quantized_attention_is_attention_with_quantized_kernels():
         projection.kernel.assign(fake_quant(tf.convert_to_tensor(projection.kernel), "INT4", axes))
     layer._output_dense.kernel.assign(fake_quant(tf.convert_to_tensor(layer._output_dense.kernel), "INT8", (2,)))
     recipe = {f"attention/{p}": "INT4" for p in PROJECTIONS} | {"attention/attention_output": "INT8"}
-    fixed = copying.fixed(quantized_network(model, FORMATS, tensors="weights"), recipe)
+    fixed = copying.fixed(quantized_network(ModelGraph(model), FORMATS, tensors="weights"), recipe).model
     np.testing.assert_array_equal(fixed(ATTENTION_DATA), by_hand(ATTENTION_DATA))
 
 
@@ -74,7 +75,7 @@ def test_inputs_of_projections_are_quantized_too():
     largest = [float(tf.reduce_max(tf.abs(x))) for x in ATTENTION_DATA]
     ranges = {
         path: float(layer.activation_quantizer.range[0])
-        for path, layer in walking.walk(network)
+        for path, layer in ModelGraph(network).layers
         if isinstance(layer, Quantized)
     }
     # Zero-debiased: after one batch the range is that of the batch.
@@ -87,7 +88,7 @@ def test_masks_pass_through_as_without_the_wrapper():
     x = L.Embedding(9, 6, mask_zero=True, name="embedding")(tokens)
     x = L.MultiHeadAttention(2, 3, name="attention")(x, x)
     model = randomized(keras.Model(tokens, L.GlobalAveragePooling1D()(x)))
-    network = quantized_network(model, FORMATS)
+    network = quantized_network(ModelGraph(model), FORMATS).model
     x = tf.constant([[1, 2, 0, 0, 0], [3, 4, 5, 6, 0]])
     before = network(x)
     np.testing.assert_array_equal(before, model(x))
@@ -101,7 +102,7 @@ def test_arguments_of_the_call_pass_through(options):
     inputs = keras.Input((5, 6))
     outputs = L.MultiHeadAttention(2, 3, name="attention")(inputs, inputs, **options)
     model = randomized(keras.Model(inputs, outputs))
-    network = quantized_network(model, FORMATS)
+    network = quantized_network(ModelGraph(model), FORMATS).model
     x = data(3, 5, 6)
     for a, b in zip(tf.nest.flatten(network(x)), tf.nest.flatten(model(x))):
         np.testing.assert_array_equal(a, b)
@@ -110,7 +111,7 @@ def test_arguments_of_the_call_pass_through(options):
 def test_dropout_inside_follows_training():
     inputs = keras.Input((5, 6))
     model = keras.Model(inputs, L.MultiHeadAttention(2, 3, dropout=0.5, name="attention")(inputs, inputs))
-    network = quantized_network(model, FORMATS)
+    network = quantized_network(ModelGraph(model), FORMATS).model
     x = data(3, 5, 6)
     assert np.array_equal(network(x), network(x, training=False))
     assert not np.array_equal(network(x, training=True), network(x, training=False))
@@ -121,7 +122,7 @@ def test_a_saved_model_has_its_quantized_parts_again(tmp_path):
     fixed(ATTENTION_DATA, training=True)
     loaded = saved_and_loaded(fixed, tmp_path)
     np.testing.assert_array_equal(loaded(ATTENTION_DATA), fixed(ATTENTION_DATA))
-    found = [path for path, layer in walking.walk(loaded) if isinstance(layer, Quantized)]
+    found = [path for path, layer in ModelGraph(loaded).of_type(Quantized)]
     assert found == [f"attention/{p}" for p in PROJECTIONS]
 
 
@@ -223,10 +224,10 @@ def test_a_subclassed_model_is_searched_in_a_copy(searched):
     assert [d.layers for d in wrapped.decisions] == [[path] for path in PATHS]
     assert len(wrapped.network.trainable_variables) == len(model.trainable_variables)
     assert [(s.path, s.macs, s.weights) for s in wrapped.sites] == [
-        (t.path, t.macs, t.weights) for t in tracing.trace(model)
+        (t.path, t.macs, t.weights) for t in tracing.trace(ModelGraph(model))
     ]
     assert {s.path: s.macs for s in wrapped.sites}["shared"] == 2 * 16 * 36  # called twice on 16 places
-    assert len(batch_norm.batch_norms(wrapped.network)) == 1
+    assert len(batch_norm.batch_norms(ModelGraph(wrapped.network))) == 1
 
 
 def test_a_deployed_subclassed_model_is_that_of_the_search_also_when_it_was_saved(searched, tmp_path):
@@ -235,7 +236,7 @@ def test_a_deployed_subclassed_model_is_that_of_the_search_also_when_it_was_save
     np.testing.assert_array_equal(deployed(IMAGES), wrapped(IMAGES))
     loaded = saved_and_loaded(deployed, tmp_path)
     np.testing.assert_array_equal(loaded(IMAGES), deployed(IMAGES))
-    assert [path for path, layer in walking.walk(loaded) if isinstance(layer, Quantized)] == PATHS
+    assert [path for path, layer in ModelGraph(loaded).of_type(Quantized)] == PATHS
     assert costs.bops(loaded) == costs.bops(wrapped, wrapped.recipe())
 
 
@@ -250,7 +251,7 @@ def test_a_saved_search_of_a_subclassed_model_goes_on(searched, tmp_path):
 def test_a_recipe_of_a_subclassed_model_applies_to_it(searched):
     model, wrapped = searched
     applied = wrapping.apply(model, wrapped.recipe())
-    assert [path for path, layer in walking.walk(applied) if isinstance(layer, Quantized)] == PATHS
+    assert [path for path, layer in ModelGraph(applied).of_type(Quantized)] == PATHS
 
 
 @register
@@ -276,14 +277,14 @@ def test_a_graph_of_a_class_of_its_own_is_copied_as_its_class_says(tmp_path):
     model = randomized(Graph(name="net"))
     x = {"a": data(3, 5, 2), "b": data(3, 4)}
     fixed = wrapping.apply(model, "FP32")
-    paths = [path for path, layer in walking.walk(fixed) if isinstance(layer, Quantized)]
+    paths = [path for path, layer in ModelGraph(fixed).of_type(Quantized)]
     assert sorted(paths) == sorted(["dense", *(f"attention/{p}" for p in PROJECTIONS), paths[-1]])
     np.testing.assert_array_equal(fixed(x), model(x))
     fixed = wrapping.apply(model, "INT4")
     assert not np.array_equal(fixed(x), model(x))
     np.testing.assert_array_equal(saved_and_loaded(fixed, tmp_path)(x), fixed(x))
     sizes = {"a": (7, 2), "b": (4,)}
-    assert {t.path: t.macs for t in tracing.trace(fixed, sizes)}["dense"] == 2 * 7 * 2 * 3
+    assert {t.path: t.macs for t in tracing.trace(ModelGraph(fixed), sizes)}["dense"] == 2 * 7 * 2 * 3
 
 
 # ---- what is refused
@@ -355,9 +356,9 @@ def test_grouped_queries():
     inputs = keras.Input((5, 8))
     outputs = L.GroupQueryAttention(4, 4, 2, name="attention")(inputs, inputs)
     model = randomized(keras.Model(inputs, outputs))
-    network = quantized_network(model, FORMATS)
+    network = quantized_network(ModelGraph(model), FORMATS).model
     # 4 heads of queries, 2 of keys and of values, each of width 4.
-    macs = {t.path: t.macs for t in tracing.trace(network)}
+    macs = {t.path: t.macs for t in tracing.trace(ModelGraph(network))}
     assert macs == {
         f"attention/{p}": 5 * 8 * 4 * n for p, n in zip(["query", "key", "value", "attention_output"], [4, 2, 2, 4])
     }
@@ -377,7 +378,7 @@ def test_a_backbone_of_keras_hub(tmp_path):
     np.testing.assert_array_equal(saved_and_loaded(fixed, tmp_path)(x), fixed(x))
     sizes = {name: tuple(value.shape[1:]) for name, value in x.items()}
     block = "backbone/transformer_layer_0"
-    assert {t.path: t.macs for t in tracing.trace(fixed, sizes)} == {
+    assert {t.path: t.macs for t in tracing.trace(ModelGraph(fixed), sizes)} == {
         **{f"{block}/self_attention_layer/{p}": 6 * 8 * 8 for p in PROJECTIONS},
         f"{block}/feedforward_intermediate_dense": 6 * 8 * 16,
         f"{block}/feedforward_output_dense": 6 * 16 * 8,

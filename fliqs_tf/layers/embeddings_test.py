@@ -9,6 +9,7 @@ from fliqs_tf import costs, export
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
 from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.quantize.decisions import open_decisions
@@ -106,7 +107,7 @@ def test_search_recipe_deploy_and_files(tensors, formats, tmp_path):
     recipe.save(tmp_path / "recipe.json")
     assert fliqs_tf.Recipe.load(tmp_path / "recipe.json") == recipe
     final = qmodel.deploy()
-    assert deployed.recipe(final) == recipe
+    assert deployed.recipe(ModelGraph(final)) == recipe
     expected = np.array(qmodel(TOKENS))
     np.testing.assert_array_equal(final(TOKENS), expected)
     final.save(tmp_path / "final.keras")
@@ -119,8 +120,8 @@ def test_search_recipe_deploy_and_files(tensors, formats, tmp_path):
 
 def test_rules_and_ties_reach_embeddings():
     rules = [fliqs_tf.Rule("embedding|head", tie="all")]
-    network = quantized_network(net(), FORMATS, rules, tensors="separate", embeddings=True)
-    assert [(d.name, d.layers) for d in open_decisions(network)] == [
+    network = quantized_network(ModelGraph(net()), FORMATS, rules, tensors="separate", embeddings=True).model
+    assert [(d.name, d.layers) for d in open_decisions(ModelGraph(network))] == [
         ("all/weights", ["embedding", "head"]),
         ("all/activations", ["head"]),
     ]

@@ -13,7 +13,8 @@ from typing import Any
 import tensorflow as tf
 
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import tracing, walking
+from fliqs_tf.graph import tracing
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer
@@ -24,9 +25,9 @@ SUFFIX = "_carrier"
 BATCHES = 32
 
 
-def activation_quantizers(model: keras.Model) -> Iterator[tuple[str, ActivationQuantizer]]:
+def activation_quantizers(model: keras.Model | ModelGraph) -> Iterator[tuple[str, ActivationQuantizer]]:
     """(what it quantizes, quantizer) of all activations of a model: ("the input of 'conv'", ...)."""
-    for path, layer in walking.walk(model):
+    for path, layer in ModelGraph.of(model).layers:
         if isinstance(layer, ActivationQuantizer):
             yield f"the one behind {path.removesuffix(SUFFIX)!r}", layer
         elif isinstance(layer, Quantized):
@@ -37,7 +38,7 @@ def activation_quantizers(model: keras.Model) -> Iterator[tuple[str, ActivationQ
             yield f"the moving operand of {path!r}", layer.activation_quantizer
 
 
-def unseen(model: keras.Model) -> dict[str, ActivationQuantizer]:
+def unseen(model: keras.Model | ModelGraph) -> dict[str, ActivationQuantizer]:
     """What it quantizes -> quantizer, of those that need a range and whose range no data has set."""
     return {
         place: quantizer
@@ -46,7 +47,7 @@ def unseen(model: keras.Model) -> dict[str, ActivationQuantizer]:
     }
 
 
-def calibrate(model: keras.Model, batches: Iterable[Any], *, only_unseen: bool = True) -> int:
+def calibrate(model: keras.Model | ModelGraph, batches: Iterable[Any], *, only_unseen: bool = True) -> int:
     """Gives ranges to activation quantizers from data: each batch counts as one step of training.
 
     Forward passes as at inference, not in a graph: nothing is traced. Quantizers that learn a range do not round
@@ -60,21 +61,22 @@ def calibrate(model: keras.Model, batches: Iterable[Any], *, only_unseen: bool =
     Returns:
       The number of batches used.
     """
-    learning = list(unseen(model).values()) if only_unseen else [q for _, q in activation_quantizers(model)]
+    graph = ModelGraph.of(model)
+    learning = list(unseen(graph).values()) if only_unseen else [q for _, q in activation_quantizers(graph)]
     if not learning:
         return 0
-    overrides = dict.fromkeys(_open_quantizers(model), _float) | {q: _observer(q) for q in learning}
+    overrides = dict.fromkeys(_open_quantizers(graph), _float) | {q: _observer(q) for q in learning}
     used = 0
     with tracing.overridden_calls(overrides):
         for x in batches:
-            model(tf.nest.map_structure(tf.convert_to_tensor, x), training=False)
+            graph.model(tf.nest.map_structure(tf.convert_to_tensor, x), training=False)
             used += 1
     return used
 
 
-def _open_quantizers(model: keras.Model) -> list[Quantizer]:
+def _open_quantizers(graph: ModelGraph) -> list[Quantizer]:
     """The quantizers whose format is still to be decided."""
-    layers = [layer for _, layer in walking.walk(model) if isinstance(layer, (Quantized, Product))]
+    layers = [layer for _, layer in graph.of_type(Quantized, Product)]
     found = [q for layer in layers for q in (*layer.weight_quantizers, *layer.activation_quantizers)]
     return [q for q in found if q.choice is not None]
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf import export
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import quantizers, ranges
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
@@ -50,7 +50,7 @@ def whole():
 
 def amax(model, path="a"):
     """(amax, weight) of the input of a layer."""
-    quantized = dict(walking.walk(getattr(model, "network", model)))[path]
+    quantized = dict(ModelGraph(getattr(model, "network", model)).layers)[path]
     return np.asarray(quantized.activation_quantizer.range).tolist()
 
 
@@ -78,7 +78,7 @@ def qmodel():
 def test_layers_called_for_inference_learn_in_a_step_of_a_search(qmodel):
     # Batches of amax 2, 4 and 6 with the weights 0.99^2, 0.99, 1.
     weights = np.array([0.99**2, 0.99, 1])
-    path = next(path for path, _ in walking.walk(qmodel.network) if path.endswith("a"))
+    path = next(path for path, _ in ModelGraph(qmodel.network).layers if path.endswith("a"))
     assert amax(qmodel, path) == pytest.approx([np.average([2, 4, 6], weights=weights), 0.01 * weights.sum()], rel=1e-4)
     assert ranges.unseen(qmodel.network) == {}
     assert is_independent(qmodel) and is_independent(qmodel.deploy())
@@ -127,7 +127,7 @@ def test_a_frozen_quantizer_learns_until_its_range_has_settled(momentum, steps):
 
 def frozen_after_wrap():
     qmodel = fliqs_tf.wrap(keras.Sequential([L.Input((4,)), network(), L.Dense(1, name="head")]), ["INT4", "INT8"])
-    for path, layer in walking.walk(qmodel.network):
+    for path, layer in ModelGraph(qmodel.network).layers:
         layer.trainable = path == "head"
     return qmodel
 

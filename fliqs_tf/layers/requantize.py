@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from fliqs_tf._keras import add_state, keras
-from fliqs_tf.graph import dataflow, rewriting, walking
+from fliqs_tf.graph import rewriting
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import shared_ranges
 
 
@@ -110,18 +111,18 @@ def double_rounding(source: float, weights: np.ndarray, target: float) -> tuple[
     return KernelRounding, {"unit": np.float32(source) * weights, "grain": grain}
 
 
-def insert(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type, dict]]]) -> keras.Model:
+def insert(graph: ModelGraph, roundings: dict[tuple[str, int], list[tuple[type, dict]]]) -> ModelGraph:
     """A copy of a model that rounds behind the calls of its layers.
 
     A layer inside of a network that is called several times can round in one way only: where the calls of the network
     ask for different ones, nothing rounds behind it.
 
     Args:
-      model: Functional or Sequential.
+      graph: Of a Functional or Sequential model.
       roundings: (path of a layer, which of its calls) -> what `single_rounding` or `double_rounding` gave, for each
         call of the network.
     """
-    times = collections.Counter((call.path, call.index) for call in dataflow.read(model).calls)
+    times = collections.Counter((call.path, call.index) for call in graph.dataflow.calls)
     added, states = {}, {}
     for (path, index), found in roundings.items():
         kind, state = found[0]
@@ -129,11 +130,11 @@ def insert(model: keras.Model, roundings: dict[tuple[str, int], list[tuple[type,
             name = f"{path.replace('/', '_')}_kernel" + (f"_{index}" if index else "")
             added[path, index] = [kind(len(state["unit"]), name=name)]
             states[name] = state
-    with_boundaries = shared_ranges.has_boundary_quantizers(model)
+    with_boundaries = shared_ranges.has_boundary_quantizers(graph)
     copy = rewriting.with_added(
-        model, added, kinds=shared_ranges.KINDS if with_boundaries else (keras.Model, keras.Sequential)
+        graph, added, kinds=shared_ranges.KINDS if with_boundaries else (keras.Model, keras.Sequential)
     )
-    for _, layer in walking.walk(copy):
+    for _, layer in copy.of_type(*ROUNDINGS):
         for attribute, value in states.get(layer.name, {}).items():
             getattr(layer, attribute).assign(value)
     return copy

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import requantize
 
 L = keras.layers
@@ -80,12 +80,14 @@ def state(unit):
 
 def roundings_of(model):
     return {
-        layer.name: float(layer.unit[0]) for _, layer in walking.walk(model) if isinstance(layer, requantize.ROUNDINGS)
+        layer.name: float(layer.unit[0])
+        for _, layer in ModelGraph(model).layers
+        if isinstance(layer, requantize.ROUNDINGS)
     }
 
 
 def test_each_call_of_a_layer_rounds_in_its_way():
-    found = requantize.insert(network(), {("twice", 0): [state(0.5)], ("twice", 1): [state(0.25)]})
+    found = requantize.insert(ModelGraph(network()), {("twice", 0): [state(0.5)], ("twice", 1): [state(0.25)]}).model
     assert roundings_of(found) == {"twice_kernel": 0.5, "twice_kernel_1": 0.25}
     inputs = np.float32([[1, 2, 3, 4]])
     for layer in found.layers:
@@ -107,7 +109,7 @@ def test_each_call_of_a_layer_rounds_in_its_way():
     ],
 )
 def test_a_layer_in_a_network_that_is_called_twice_rounds_in_one_way_or_in_none(wanted, found):
-    assert roundings_of(requantize.insert(network(), {("net/inner", 0): wanted})) == found
+    assert roundings_of(requantize.insert(ModelGraph(network()), {("net/inner", 0): wanted}).model) == found
 
 
 def test_roundings_come_back_from_their_config():

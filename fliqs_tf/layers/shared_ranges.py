@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import commuting, dataflow, walking
+from fliqs_tf.graph import commuting
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
 
-def has_boundary_quantizers(model: keras.Model) -> bool:
+def has_boundary_quantizers(graph: ModelGraph) -> bool:
     """True if int8 tensors between layers are simulated."""
-    return any(isinstance(layer, ActivationQuantizer) for _, layer in walking.walk(model))
+    return bool(graph.of_type(ActivationQuantizer))
 
 
-def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
+def followers(graph: ModelGraph) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
     """(boundary quantizer, input quantizer of a layer that reads its codes): one range serves both."""
-    graph = dataflow.read(model)
     source: dict[int, ActivationQuantizer] = {}
     found = []
-    for call in graph.calls:
+    for call in graph.dataflow.calls:
         if isinstance(call.layer, ActivationQuantizer):
             source[call.output] = call.layer
         elif len(call.inputs) == 1 and call.inputs[0] in source:
@@ -36,12 +36,12 @@ def followers(model: keras.Model) -> list[tuple[ActivationQuantizer, ActivationQ
     return found
 
 
-def link(model: keras.Model) -> None:
+def link(graph: ModelGraph) -> None:
     """Makes input quantizers take the range of the boundary quantizer that they read, during training too.
 
     Two ranges for the same codes would cost a rounding between them. Linking again changes nothing.
     """
-    for boundary, quantizer in followers(model):
+    for boundary, quantizer in followers(graph):
         quantizer.follow(boundary)
 
 
@@ -52,7 +52,7 @@ class _Linked:
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> keras.Model:
         model = super().from_config(config, custom_objects=custom_objects)
         if getattr(model, "inputs", None):
-            link(model)
+            link(ModelGraph(model))
         return model
 
 

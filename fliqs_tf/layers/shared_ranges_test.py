@@ -5,6 +5,7 @@ import pytest
 
 import fliqs_tf
 from fliqs_tf._keras import keras
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import shared_ranges
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
@@ -28,7 +29,7 @@ def network(*between, reader=None):
 
 
 def names(model):
-    return [(leader.name, quantizer.name) for leader, quantizer in shared_ranges.followers(model)]
+    return [(leader.name, quantizer.name) for leader, quantizer in shared_ranges.followers(ModelGraph(model))]
 
 
 PAIR = [("boundary", "input_quantizer")]
@@ -52,7 +53,7 @@ def test_who_follows(between, found):
     model = network(*between)
     assert names(model) == found
     if any(layer.name == "first" for layer in between):
-        ((_, quantizer),) = shared_ranges.followers(model)
+        ((_, quantizer),) = shared_ranges.followers(ModelGraph(model))
         assert quantizer is model.get_layer("first").activation_quantizer
 
 
@@ -66,7 +67,7 @@ def test_several_readers_follow_one_carrier_and_what_merges_follows_none():
     left, right = dense("left")(x), dense("right")(L.ReLU()(x))
     joined = dense("behind")(L.Concatenate()([boundary("a")(left), boundary("b")(right)]))
     model = keras.Model(inputs, joined)
-    found = shared_ranges.followers(model)
+    found = shared_ranges.followers(ModelGraph(model))
     assert [leader.name for leader, _ in found] == ["both", "both"]
     assert [q for _, q in found] == [model.get_layer(name).activation_quantizer for name in ("left", "right")]
 
@@ -76,7 +77,7 @@ def test_linked_quantizers_move_together_and_once():
     leader, reader = model.get_layer("boundary"), model.get_layer("reader").activation_quantizer
     leader.range.assign([3.0, 1.0])
     for _ in range(2):  # linking again changes nothing
-        shared_ranges.link(model)
+        shared_ranges.link(ModelGraph(model))
     np.testing.assert_array_equal(reader.range, [3, 1])
     assert reader.follows and not leader.follows and len(leader._followers) == 1
     # One step: the average of weight 1 gets 1 % of an amax of 13 and is 3.1.
@@ -90,14 +91,14 @@ def test_networks_from_a_config_are_linked(kind):
     plain = (
         network() if kind is shared_ranges.BoundaryModel else keras.Sequential([L.Input((4,)), boundary(), dense("r")])
     )
-    assert shared_ranges.has_boundary_quantizers(plain)
-    assert not shared_ranges.followers(plain)[0][1].follows
+    assert shared_ranges.has_boundary_quantizers(ModelGraph(plain))
+    assert not shared_ranges.followers(ModelGraph(plain))[0][1].follows
     made = kind.from_config(plain.get_config())
     assert type(made) is kind
-    assert shared_ranges.followers(made)[0][1].follows
+    assert shared_ranges.followers(ModelGraph(made))[0][1].follows
 
 
 def test_a_network_without_carriers():
     model = keras.Sequential([L.Input((4,)), dense("only")])
-    assert not shared_ranges.has_boundary_quantizers(model)
-    assert shared_ranges.followers(model) == []
+    assert not shared_ranges.has_boundary_quantizers(ModelGraph(model))
+    assert shared_ranges.followers(ModelGraph(model)) == []

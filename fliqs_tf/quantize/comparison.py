@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import tracing, walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantizers import Quantizer
 
 _LOG = logging.getLogger("fliqs_tf")
@@ -20,7 +21,7 @@ _TOLERANCE, _TOLERANCE_16 = 1e-3, 5e-2
 _HOLD = ("weight_quantizers", "activation_quantizers")
 
 
-def check(original: keras.Model, copy: keras.Model, input_shape=None) -> None:
+def check(original: ModelGraph, copy: ModelGraph, input_shape=None) -> None:
     """Calls a model and its copy on one made-up example, with all quantizers passing values through.
 
     A model that cannot be called so (what it takes is not just any tensor of its shape), or that gives something else
@@ -34,25 +35,26 @@ def check(original: keras.Model, copy: keras.Model, input_shape=None) -> None:
     Raises:
       ValueError: They differ; names the first layer that does.
     """
+    name = original.model.name
     with _unchanged(original), _unchanged(copy), _passing(original), _passing(copy):
-        example, expected = _called(original, input_shape)
+        example, expected = _called(original.model, input_shape)
         if example is None:
             return
         try:
-            found = _outputs(copy, example)
+            found = _outputs(copy.model, example)
         except Exception as error:
             raise ValueError(
-                f"A copy of model {original.name!r} cannot be called as the model is: {type(error).__name__}: {error}"
+                f"A copy of model {name!r} cannot be called as the model is: {type(error).__name__}: {error}"
             ) from error
         tolerance = _tolerance(original)
         if _agree(expected, found, tolerance):
             return
-        if not _agree(expected, _outputs(original, example), tolerance):
-            _LOG.info("Model %r draws at inference: its copy was not compared with it.", original.name)
+        if not _agree(expected, _outputs(original.model, example), tolerance):
+            _LOG.info("Model %r draws at inference: its copy was not compared with it.", name)
             return
         where = _first_difference(original, copy, example, tolerance)
     raise ValueError(
-        f"A copy of model {original.name!r} from its config computes something else than the model, first in {where}. "
+        f"A copy of model {name!r} from its config computes something else than the model, first in {where}. "
         f"Let get_config return all that the layer computes with, and give functions of your own names that Keras does "
         f"not have."
     )
@@ -124,8 +126,8 @@ def _arrays(outputs) -> list[np.ndarray]:
     ]
 
 
-def _tolerance(model) -> float:
-    dtypes = {str(getattr(layer, "compute_dtype", "float32")) for _, layer in walking.walk(model)}
+def _tolerance(graph: ModelGraph) -> float:
+    dtypes = {str(getattr(layer, "compute_dtype", "float32")) for _, layer in graph.layers}
     return _TOLERANCE_16 if dtypes & {"float16", "bfloat16"} else _TOLERANCE
 
 
@@ -146,18 +148,18 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.abs(a - b, where=finite, out=np.zeros_like(a)) / largest).max(initial=0.0))
 
 
-def _first_difference(original, copy, example, tolerance: float) -> str:
+def _first_difference(original: ModelGraph, copy: ModelGraph, example, tolerance: float) -> str:
     recorded = []
-    for model in (original, copy):
+    for graph in (original, copy):
         calls: dict[str, list] = {}
-        overrides = {layer: _recorder(layer.call, calls.setdefault(path, [])) for path, layer in walking.walk(model)}
+        overrides = {layer: _recorder(layer.call, calls.setdefault(path, [])) for path, layer in graph.layers}
         with tracing.overridden_calls(overrides):
-            _outputs(model, example)
+            _outputs(graph.model, example)
         recorded.append(calls)
     expected, found = recorded
     for path, outputs in expected.items():
         if outputs and path in found and not _agree(outputs, found[path], tolerance):
-            layer = walking.unwrapped(dict(walking.walk(original))[path])
+            layer = walking.unwrapped(original.by_path[path])
             return f"layer {path!r} of class {type(layer).__name__}"
     return "what is between its layers"
 
@@ -172,17 +174,17 @@ def _recorder(call, outputs: list):
 
 
 @contextlib.contextmanager
-def _passing(model):
+def _passing(graph: ModelGraph):
     """Within it the quantizers of a model give out what they get."""
-    with tracing.overridden_calls(dict.fromkeys(_quantizers(model), _identity)):
+    with tracing.overridden_calls(dict.fromkeys(_quantizers(graph), _identity)):
         yield
 
 
-def _quantizers(model) -> list[Quantizer]:
+def _quantizers(graph: ModelGraph) -> list[Quantizer]:
     """Those that are layers of the model, and those of its layers, which in a wrapper of another package it does not
     know."""
-    held = [q for _, layer in walking.walk(model) for name in _HOLD for q in getattr(layer, name, ())]
-    return list(dict.fromkeys([*held, *(q for q in model._flatten_layers() if isinstance(q, Quantizer))]))
+    held = [q for _, layer in graph.layers for name in _HOLD for q in getattr(layer, name, ())]
+    return list(dict.fromkeys([*held, *(q for q in graph.model._flatten_layers() if isinstance(q, Quantizer))]))
 
 
 def _identity(x, **_):
@@ -190,25 +192,25 @@ def _identity(x, **_):
 
 
 @contextlib.contextmanager
-def _unchanged(model):
+def _unchanged(graph: ModelGraph):
     """Puts back what calls change: states of recurrent layers and of generators, losses."""
-    before = {id(v): tf.identity(tf.convert_to_tensor(v)) for v in _states(model)}
+    before = {id(v): tf.identity(tf.convert_to_tensor(v)) for v in _states(graph)}
     try:
         yield
     finally:
-        for variable in _states(model):
+        for variable in _states(graph):
             value = before.get(id(variable), tf.zeros_like(tf.convert_to_tensor(variable)))
             if not np.array_equal(variable, value):
                 variable.assign(value)
-        model._clear_losses()
+        graph.model._clear_losses()
 
 
-def _states(model) -> list:
+def _states(graph: ModelGraph) -> list:
     """Variables that a call may change, though it is not in training."""
-    layers = list(model._flatten_layers())
+    layers = list(graph.model._flatten_layers())
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
-    known = {id(v) for layer in (*_quantizers(model), *norms) for v in layer.variables}
+    known = {id(v) for layer in (*_quantizers(graph), *norms) for v in layer.variables}
     # tf_keras has the states of recurrent layers elsewhere, and makes them in the first call.
     recurrent = [getattr(layer, "states", None) for layer in layers if getattr(layer, "stateful", False)]
-    found = [*model.non_trainable_variables, *tf.nest.flatten(recurrent)]
+    found = [*graph.model.non_trainable_variables, *tf.nest.flatten(recurrent)]
     return list({id(v): v for v in found if hasattr(v, "assign") and id(v) not in known}.values())

@@ -7,6 +7,7 @@ import tensorflow as tf
 from fliqs_tf._keras import clone, keras
 from fliqs_tf.graph import copies, layer_types, tracing, walking
 from fliqs_tf.graph.copies import of_layer
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import composite, shared_ranges
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.composite import Composite
@@ -28,7 +29,8 @@ def replacement(layer, original, arguments: dict):
     """
     if id(original) in arguments:
         return composite.quantized(layer, arguments[id(original)])
-    keys = [(path, id(part)) for path, part in walking.walk(original)] + walking.attention_products(original)
+    graph = ModelGraph(original)
+    keys = [*((path, id(part)) for path, part in graph.layers), *graph.attention_products]
     parts = {path: arguments[key] for path, key in keys if key in arguments}
     return Composite(layer, parts) if parts else layer
 
@@ -54,37 +56,38 @@ def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.M
     return clone(network, copy_of)
 
 
-def fixed(network: keras.Model, formats: dict[str, str]) -> keras.Model:
+def fixed(graph: ModelGraph, formats: dict[str, str]) -> ModelGraph:
     """A copy of a quantized network in which each decision has taken the given format."""
     arguments = {}
-    for _, layer in walking.walk(network):
-        if isinstance(layer, (Quantized, Product)):
-            config = layer.get_config()
-            config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
-            if config["activation_formats"]:
-                config["activation_formats"] = [formats.get(layer.activation_decision, config["activation_formats"][0])]
-            arguments[id(layer)] = {key: config[key] for key in composite.ARGUMENTS}
-    return quantized_copy(network, arguments)
+    for _, layer in graph.of_type(Quantized, Product):
+        config = layer.get_config()
+        config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
+        if config["activation_formats"]:
+            config["activation_formats"] = [formats.get(layer.activation_decision, config["activation_formats"][0])]
+        arguments[id(layer)] = {key: config[key] for key in composite.ARGUMENTS}
+    return quantized_copy(graph, arguments)
 
 
-def quantized_copy(model: keras.Model, arguments: dict, input_shape=None) -> keras.Model:
+def quantized_copy(graph: ModelGraph, arguments: dict, input_shape=None) -> ModelGraph:
     """A copy of a model with its weights.
 
     Args:
-      model: The original, quantized or not.
+      graph: Of the original, quantized or not.
       arguments: See `replacement`.
       input_shape: See `tracing.input_specs`; for a model that is not a network.
 
     Returns:
       A network. That of a composite model is nothing but a layer of its name.
     """
+    model = graph.model
     if walking.is_network(model):
         copy = network_copy(model, arguments, {})
     else:
         layer = replacement(copies.of_layer(model), model, arguments)
         # A graph knows what it leaves open; the shape of an example is for counting.
         copy = _network_of(layer, tracing.input_specs(model, None if walking.is_graph(model) else input_shape))
-    originals, made = _layers_of(model), _layers_of(copy)
+    copy_graph = ModelGraph(copy)
+    originals, made = _layers_of(graph), _layers_of(copy_graph)
     made = {path: layer for path, layer in made.items() if path in originals or not layer_types.is_product(layer)}
     if originals.keys() != made.keys():
         differ = sorted(originals.keys() ^ made.keys())
@@ -99,10 +102,10 @@ def quantized_copy(model: keras.Model, arguments: dict, input_shape=None) -> ker
     copies.keep_trainable(model, copy)
     for wrapper in copy._flatten_layers():
         wrapper._trainable = walking.unwrapped(wrapper).trainable
-    if shared_ranges.has_boundary_quantizers(copy):
-        shared_ranges.link(copy)
-    comparison.check(model, copy, input_shape)
-    return copy
+    if shared_ranges.has_boundary_quantizers(copy_graph):
+        shared_ranges.link(copy_graph)
+    comparison.check(graph, copy_graph, input_shape)
+    return copy_graph
 
 
 def _network_of(layer, specs) -> keras.Model:
@@ -123,10 +126,10 @@ def _network_of(layer, specs) -> keras.Model:
     return keras.Model(inputs, outputs, name=layer.name)
 
 
-def _layers_of(model) -> dict:
+def _layers_of(graph: ModelGraph) -> dict:
     """{path: layer}, a model that is not a network under ""; without input layers, whose names are not copied."""
-    found = walking.walk(model, networks=True)
-    found = {path: layer for path, layer in found if not isinstance(layer, keras.layers.InputLayer)}
+    model = graph.model
+    found = {path: layer for path, layer in graph.parts if not isinstance(layer, keras.layers.InputLayer)}
     root = model if not walking.is_network(model) else walking.composite_root(model)
     return found if root is None else {"": root, **found}
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fliqs_tf._keras import keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import Quantizer
@@ -39,17 +38,16 @@ class Decision:
         return list({id(q.choice): q.choice for q in self.quantizers}.values())
 
 
-def open_decisions(network: keras.Model) -> list[Decision]:
+def open_decisions(graph: ModelGraph) -> list[Decision]:
     """What is left to decide in a quantized network, in network order. Spaces of one format decide nothing."""
     found: dict[str, Decision] = {}
-    for path, layer in walking.walk(network):
-        if isinstance(layer, (Quantized, Product)):
-            reads = [(layer.weight_decision, q) for q in layer.weight_quantizers]
-            reads += [(layer.activation_decision, q) for q in layer.activation_quantizers]
-            for name, quantizer in reads:
-                if quantizer.choice is not None:
-                    decision = found.setdefault(name, Decision(name, quantizer.space))
-                    decision.quantizers.append(quantizer)
-                    if path not in decision.layers:
-                        decision.layers.append(path)
+    for path, layer in graph.of_type(Quantized, Product):
+        reads = [(layer.weight_decision, q) for q in layer.weight_quantizers]
+        reads += [(layer.activation_decision, q) for q in layer.activation_quantizers]
+        for name, quantizer in reads:
+            if quantizer.choice is not None:
+                decision = found.setdefault(name, Decision(name, quantizer.space))
+                decision.quantizers.append(quantizer)
+                if path not in decision.layers:
+                    decision.layers.append(path)
     return list(found.values())

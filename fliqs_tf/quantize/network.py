@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fliqs_tf._keras import check_model, keras
+from fliqs_tf._keras import check_model
 from fliqs_tf.graph import copies, layer_types, walking
+from fliqs_tf.graph.model_graph import Layers, ModelGraph
 from fliqs_tf.layers import batch_norm
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.space import Space
@@ -18,7 +19,7 @@ _KERAS = ("keras", "tf_keras", "keras_hub")
 
 
 def quantized_network(
-    model,
+    graph: ModelGraph,
     space,
     rules=(),
     granularity="layer",
@@ -28,29 +29,30 @@ def quantized_network(
     input_shape=None,
     embeddings=False,
     attention_scores=False,
-) -> keras.Model:
+) -> ModelGraph:
     """A copy of a model whose layers read decisions.
 
     Args:
-      model, space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
+      graph: Of the model.
+      space, rules, granularity, tensors, input_shape, embeddings, attention_scores: As for `fliqs_tf.wrap`.
       input_space: With tensors="separate": space of the inputs, where it is not that of the weights.
     """
     spaces = (space := Space(space), space if input_space is None else Space(input_space))
-    layers = layers_to_quantize(model, embeddings, attention_scores)
-    warn_of_own_training(model)
-    warn_of_names_of_keras(model)
-    batch_norm.warn_of_closed(model)
+    layers = layers_to_quantize(graph, embeddings, attention_scores)
+    warn_of_own_training(graph.model)
+    warn_of_names_of_keras(graph)
+    batch_norm.warn_of_closed(graph)
     if attention_scores and tensors == "weights":
         raise ValueError(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
             "take tensors='together' or 'separate'."
         )
     quantizations = rules_lib.layer_quantizations(
-        [path for path, _ in layers], walking.annotations(model), spaces, rules, granularity, tensors
+        [path for path, _ in layers], walking.annotations(graph.model), spaces, rules, granularity, tensors
     )
-    _log_left_in_float(model, quantizations)
+    _log_left_in_float(graph, quantizations)
     return copying.quantized_copy(
-        model, {key: quantizations[path].arguments() for path, key in layers if path in quantizations}, input_shape
+        graph, {key: quantizations[path].arguments() for path, key in layers if path in quantizations}, input_shape
     )
 
 
@@ -67,11 +69,11 @@ def warn_of_own_training(model) -> None:
         )
 
 
-def warn_of_names_of_keras(model) -> None:
+def warn_of_names_of_keras(graph: ModelGraph) -> None:
     """A copy has the functions themselves, a file their names."""
     found = [
         f"{path} ({', '.join(names)})"
-        for path, layer in walking.walk(model)
+        for path, layer in graph.layers
         if (names := copies.mistakable_functions(layer).values())
     ]
     if found:
@@ -82,38 +84,44 @@ def warn_of_names_of_keras(model) -> None:
         )
 
 
-def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()) -> list[tuple[str, Any]]:
+def layers_to_quantize(graph: ModelGraph, embeddings=False, attention_scores=False, named=()) -> list[tuple[str, Any]]:
     """(path, id) of the layers of a float model that are to be quantized; raises if there are none.
 
-    A product of attention has the id of the attention layer and its own name, see `walking.attention_products`.
+    A product of attention has the id of the attention layer and its own name, see
+    `ModelGraph.attention_products`.
 
     Args:
-      model: A float model.
+      graph: Of a float model.
       embeddings, attention_scores: All embeddings, all products of attention are among them.
       named: Paths of embeddings and products that are.
     """
+    model = graph.model
     check_model(model)
-    batch_norm.check(model)
+    batch_norm.check(graph)
     if not model.built or (walking.is_graph(model) and not getattr(model, "inputs", None)):
         raise ValueError(
             f"Model {model.name!r} is not built: give it an Input layer, call it on a batch, or call "
             f"model.build(input_shape) first."
         )
-    if any(isinstance(layer, Quantized) for _, layer in walking.walk(model)):
+    if graph.of_type(Quantized):
         raise ValueError(
             f"Model {model.name!r} is quantized already; give the float model, or search what quantize_apply made with "
             f"fliqs_tf.SearchModel(model)."
         )
-    of_keras = [p for p, layer in walking.walk(model) if getattr(layer, "quantization_mode", None)]
+    of_keras = [path for path, layer in graph.layers if getattr(layer, "quantization_mode", None)]
     if of_keras:
         raise ValueError(
             f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it "
             f"was before."
         )
-    tables = [(path, layer) for path, layer in walking.embeddings(model) if embeddings or path in named]
-    among = {id(layer) for _, layer in (*walking.quantizable(model), *tables)}
-    products = [(path, key) for path, key in walking.attention_products(model) if attention_scores or path in named]
-    layers = [(path, id(layer)) for path, layer in walking.walk(model) if id(layer) in among] + products
+    tables = [
+        (path, layer)
+        for path, layer in graph.layers
+        if layer.built and layer_types.table(layer) and (embeddings or path in named)
+    ]
+    among = {id(layer) for _, layer in (*graph.with_kernels, *tables)}
+    products = [(path, key) for path, key in graph.attention_products if attention_scores or path in named]
+    layers = [(path, id(layer)) for path, layer in graph.layers if id(layer) in among] + products
     for asked, found, what in ((embeddings, tables, "Embedding"), (attention_scores, products, "MultiHeadAttention")):
         if asked and not found:
             option = "embeddings" if found is tables else "attention_scores"
@@ -126,8 +134,19 @@ def layers_to_quantize(model, embeddings=False, attention_scores=False, named=()
     return layers
 
 
-def _log_left_in_float(model, quantized) -> None:
-    left = [(path, layer) for path, layer in walking.left_in_float(model) if path not in quantized]
+def left_in_float(graph: ModelGraph) -> Layers:
+    """(path, layer) of layers that multiply by weights but whose class is not known, such as LSTM or Embedding."""
+    return tuple(
+        (path, layer)
+        for path, layer in graph.layers
+        if not layer_types.kernels(layer)
+        and not hasattr(layer, "quantized_layer")
+        and any(len(w.shape) > 1 for w in walking.own_weights(walking.unwrapped(layer)))
+    )
+
+
+def _log_left_in_float(graph: ModelGraph, quantized) -> None:
+    left = [(path, layer) for path, layer in left_in_float(graph) if path not in quantized]
     if left:
         named = ", ".join(f"{path} ({type(layer).__name__})" for path, layer in left)
         tables = any(layer_types.table(layer) for _, layer in left)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import fliqs_tf
 from fliqs_tf import wrapping
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.numerics.space import Space
@@ -42,8 +42,8 @@ def convolutional():
 
 def decided(model, space=FORMATS, **options):
     """{decision: (formats, layers)}"""
-    network = quantized_network(model, space, **options)
-    return {d.name: (d.options, d.layers) for d in open_decisions(network)}
+    network = quantized_network(ModelGraph(model), space, **options).model
+    return {d.name: (d.options, d.layers) for d in open_decisions(ModelGraph(network))}
 
 
 def randomized(model, seed=0):
@@ -58,7 +58,7 @@ def outputs(model, seed=0):
 
 
 def choose(network, formats):
-    for decision in open_decisions(network):
+    for decision in open_decisions(ModelGraph(network)):
         for quantizer in decision.quantizers:
             quantizer.choice.assign(decision.options.index(formats[decision.name]))
 
@@ -75,8 +75,8 @@ def test_one_decision_for_the_model():
 
 
 def test_weights_only():
-    network = quantized_network(dense_chain("a"), FORMATS, tensors="weights")
-    (decision,) = open_decisions(network)
+    network = quantized_network(ModelGraph(dense_chain("a")), FORMATS, tensors="weights").model
+    (decision,) = open_decisions(ModelGraph(network))
     assert (decision.name, len(decision.quantizers)) == ("a", 1)
     assert network.get_layer("a").activation_quantizers == []
 
@@ -93,7 +93,7 @@ def test_weights_and_activations_apart():
 
 
 def test_a_decision_sets_weights_and_input():
-    network = quantized_network(randomized(dense_chain("a")), FORMATS)
+    network = quantized_network(ModelGraph(randomized(dense_chain("a"))), FORMATS).model
     choose(network, {"a": "INT4"})
     kernel, bias = network.get_layer("a").quantized_layer.get_weights()
     x = tf.constant([[0.3, -1.2, 0.7]])
@@ -104,7 +104,7 @@ def test_a_decision_sets_weights_and_input():
 def test_a_separable_convolution_is_one_decision_of_four_tensors():
     inputs = keras.Input((8, 8, 3))
     model = keras.Model(inputs, L.SeparableConv2D(4, 3, name="conv")(inputs))
-    (decision,) = open_decisions(quantized_network(model, FORMATS))
+    (decision,) = open_decisions(quantized_network(ModelGraph(model), FORMATS))
     assert (decision.layers, len(decision.quantizers)) == (["conv"], 4)
 
 
@@ -119,14 +119,14 @@ def test_a_rule_restricts():
 
 
 def test_a_rule_of_one_format_fixes():
-    network = quantized_network(dense_chain("a", "b"), FORMATS, rules=[("a", ["INT8"])])
-    assert [d.name for d in open_decisions(network)] == ["b"]
+    network = quantized_network(ModelGraph(dense_chain("a", "b")), FORMATS, rules=[("a", ["INT8"])]).model
+    assert [d.name for d in open_decisions(ModelGraph(network))] == ["b"]
     assert network.get_layer("a").weight_quantizers[0].space == Space(["INT8"])
 
 
 def test_a_rule_leaves_in_float():
-    network = quantized_network(dense_chain("a", "b"), FORMATS, rules=[("a", None)])
-    assert [d.name for d in open_decisions(network)] == ["b"]
+    network = quantized_network(ModelGraph(dense_chain("a", "b")), FORMATS, rules=[("a", None)]).model
+    assert [d.name for d in open_decisions(ModelGraph(network))] == ["b"]
     assert type(network.get_layer("a")) is L.Dense
 
 
@@ -197,14 +197,14 @@ def test_patterns_search_in_paths():
 
 def test_a_wrapped_model_in_fp32_computes_what_the_model_does():
     model = randomized(convolutional())
-    network = quantized_network(model, ["INT4", "FP32"])
+    network = quantized_network(ModelGraph(model), ["INT4", "FP32"]).model
     np.testing.assert_array_equal(outputs(network), outputs(model))
 
 
 def test_the_original_stays_as_it_was():
     model = randomized(convolutional())
     layers, weights, before = list(model.layers), model.get_weights(), outputs(model)
-    network = quantized_network(model, FORMATS)
+    network = quantized_network(ModelGraph(model), FORMATS).model
     network.compile("sgd", "mse")
     network.fit(np.ones((4, 8, 8, 3)), np.ones((4, 5)), verbose=0)
     assert all(a is b for a, b in zip(model.layers, layers))
@@ -217,7 +217,7 @@ def test_the_original_stays_as_it_was():
 def test_weights_statistics_names_and_what_is_frozen_are_copied():
     model = randomized(convolutional())
     model.get_layer("conv").trainable = False
-    network = quantized_network(model, FORMATS)
+    network = quantized_network(ModelGraph(model), FORMATS).model
     assert network.name == "net"
     assert [layer.name for layer in network.layers] == [layer.name for layer in model.layers]
     for name in ("bn", "conv", "fc"):
@@ -232,8 +232,8 @@ def test_nested_models_and_shared_layers():
     inner = keras.Sequential([keras.Input((3,)), L.Dense(3, name="fc"), shared], name="inner")
     inputs = keras.Input((3,))
     model = randomized(keras.Model(inputs, [shared(inner(inner(inputs))), L.Dense(3, name="fc")(inputs)]))
-    network = quantized_network(model, ["INT4", "FP32"])
-    found = {d.name: d for d in open_decisions(network)}
+    network = quantized_network(ModelGraph(model), ["INT4", "FP32"]).model
+    found = {d.name: d for d in open_decisions(ModelGraph(network))}
     assert {name: d.layers for name, d in found.items()} == {
         "inner/fc": ["inner/fc"],
         "inner/shared": ["inner/shared"],
@@ -252,7 +252,7 @@ def test_several_inputs_and_outputs(pack):
     both = L.Add()([L.Dense(2, name="of_z")(late), L.Dense(2, name="of_a")(early)])
     inputs = {"z": late, "a": early} if pack is dict else [late, early]
     model = keras.Model(inputs, {"sum": both, "out": L.Dense(2, name="of_both")(both)})
-    network = quantized_network(randomized(model), ["INT4", "FP32"])
+    network = quantized_network(ModelGraph(randomized(model)), ["INT4", "FP32"]).model
     x = {"z": tf.ones((2, 4)), "a": tf.ones((2, 5))}
     x = x if pack is dict else list(x.values())
     for name in ("sum", "out"):
@@ -264,7 +264,7 @@ def test_layers_of_unknown_classes_stay_in_float_and_are_listed_in_one_line(capl
     x = L.LSTM(4, name="lstm")(L.Embedding(10, 4, name="embedding")(inputs))
     model = randomized(keras.Model(inputs, L.Dense(2, name="fc")(x)))
     with caplog.at_level(logging.WARNING, "fliqs_tf"):
-        network = quantized_network(model, ["INT4", "FP32"])
+        network = quantized_network(ModelGraph(model), ["INT4", "FP32"]).model
     assert [r.getMessage() for r in caplog.records] == [
         "Left in float and not counted, because their class is not known or not asked for: "
         "embedding (Embedding), lstm (LSTM). embeddings=True quantizes the tables of Embedding layers."
@@ -275,7 +275,7 @@ def test_layers_of_unknown_classes_stay_in_float_and_are_listed_in_one_line(capl
 
 def test_nothing_is_listed_if_all_is_known(caplog):
     with caplog.at_level(logging.WARNING, "fliqs_tf"):
-        quantized_network(convolutional(), FORMATS)
+        quantized_network(ModelGraph(convolutional()), FORMATS)
     assert caplog.records == []
 
 
@@ -314,7 +314,7 @@ def test_nothing_is_listed_if_all_is_known(caplog):
 )
 def test_wrong_arguments(options, why):
     with pytest.raises(ValueError, match=why):
-        quantized_network(convolutional(), **{"space": FORMATS, **options})
+        quantized_network(ModelGraph(convolutional()), **{"space": FORMATS, **options})
 
 
 class Subclassed(keras.Model):
@@ -326,7 +326,9 @@ class Subclassed(keras.Model):
         return self.fc(x)
 
 
-@pytest.mark.parametrize("convert", [lambda m: quantized_network(m, FORMATS), lambda m: wrapping.apply(m, "INT4")])
+@pytest.mark.parametrize(
+    "convert", [lambda m: quantized_network(ModelGraph(m), FORMATS).model, lambda m: wrapping.apply(m, "INT4")]
+)
 def test_models_that_cannot_be_quantized(convert):
     with pytest.raises(ValueError, match="has nothing to quantize: none of its layers is a Dense, Conv1D"):
         convert(keras.Sequential([keras.Input((3,)), L.ReLU()], name="net"))
@@ -335,7 +337,7 @@ def test_models_that_cannot_be_quantized(convert):
     with pytest.raises(ValueError, match="is not built"):
         convert(Subclassed())
     with pytest.raises(ValueError, match="'net' is quantized already; give the float model"):
-        convert(quantized_network(convolutional(), FORMATS))
+        convert(quantized_network(ModelGraph(convolutional()), FORMATS).model)
     with pytest.raises(TypeError, match="Expected a tf.keras model, got list"):
         convert([1])
 
@@ -345,7 +347,7 @@ def test_a_model_of_the_other_keras():
     model = other.Sequential([other.Input((3,)), other.layers.Dense(2)])
     switch = "set TF_USE_LEGACY_KERAS=1" if IS_KERAS_3 else "unset TF_USE_LEGACY_KERAS"
     with pytest.raises(TypeError, match=f"is a model of .*but tf.keras is .*{switch} before Python starts"):
-        quantized_network(model, FORMATS)
+        quantized_network(ModelGraph(model), FORMATS)
 
 
 def test_a_rule_cannot_be_changed():
@@ -363,7 +365,7 @@ def formats_of(network):
             *layer.weight_quantizers[0].space.names,
             *(layer.activation_quantizer.space.names if layer.activation_quantizer is not None else ("FP32",)),
         )
-        for path, layer in walking.walk(network)
+        for path, layer in ModelGraph(network).layers
         if isinstance(layer, Quantized)
     }
 
@@ -413,12 +415,12 @@ def test_recipes_of_every_kind(recipe, options, expected):
     """Applied to the float model, and fixed in the searched one: the same formats, decisions and outputs."""
     model = randomized(dense_chain("a", "b"))
     applied = wrapping.apply(model, recipe)
-    searched = quantized_network(model, FORMATS, **options)
-    fixed = copying.fixed(searched, recipe.formats)
+    searched = quantized_network(ModelGraph(model), FORMATS, **options).model
+    fixed = copying.fixed(ModelGraph(searched), recipe.formats).model
     choose(searched, recipe.formats)
     for network in (applied, fixed):
         assert formats_of(network) == expected
-        assert open_decisions(network) == []
+        assert open_decisions(ModelGraph(network)) == []
         np.testing.assert_array_equal(outputs(network), outputs(searched))
     for path in expected:
         a, b = applied.get_layer(path), fixed.get_layer(path)
@@ -461,11 +463,11 @@ def test_recipes_that_do_not_fit(recipe, why):
 
 def test_fixing_keeps_weights_ranges_and_what_was_fixed_already():
     model = randomized(convolutional())
-    network = quantized_network(model, FORMATS, rules=[("conv", ["E4M3"])])
+    network = quantized_network(ModelGraph(model), FORMATS, rules=[("conv", ["E4M3"])]).model
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
     network(x, training=True)
     choose(network, {"fc": "INT4"})
-    fixed = copying.fixed(network, {"fc": "INT4"})
+    fixed = copying.fixed(ModelGraph(network), {"fc": "INT4"}).model
     assert formats_of(fixed) == {"conv": ("E4M3", "E4M3"), "fc": ("INT4", "INT4")}
     np.testing.assert_array_equal(fixed(x), network(x))
     for path in ("conv", "fc"):
@@ -474,14 +476,16 @@ def test_fixing_keeps_weights_ranges_and_what_was_fixed_already():
 
 
 def test_copies_and_files_keep_what_is_set_on_the_quantizers(tmp_path):
-    network = quantized_network(convolutional(), ["INT4", "INT8"])
-    quantizers = [q for _, layer in walking.walk(network) for q in getattr(layer, "activation_quantizers", ())]
+    network = quantized_network(ModelGraph(convolutional()), ["INT4", "INT8"]).model
+    quantizers = [q for _, layer in ModelGraph(network).layers for q in getattr(layer, "activation_quantizers", ())]
     for i, quantizer in enumerate(quantizers):
         quantizer.clip = 1 - i / 8
-    fixed = copying.fixed(network, {path: "INT4" for path, _ in walking.quantizable(convolutional())})
+    fixed = copying.fixed(
+        ModelGraph(network), {path: "INT4" for path, _ in ModelGraph(convolutional()).with_kernels}
+    ).model
     fixed.save(tmp_path / "fixed.keras")
     for copy in (fixed, keras.models.load_model(tmp_path / "fixed.keras")):
-        copies = [q for _, layer in walking.walk(copy) for q in getattr(layer, "activation_quantizers", ())]
+        copies = [q for _, layer in ModelGraph(copy).layers for q in getattr(layer, "activation_quantizers", ())]
         assert [q.clip for q in copies] == [1 - i / 8 for i in range(len(quantizers))] and len(copies) > 1
 
 
@@ -493,7 +497,9 @@ class TrainsItself(keras.Model):
         return super().compute_loss(*args, **kwargs)
 
 
-@pytest.mark.parametrize("quantize", [lambda m: quantized_network(m, FORMATS), lambda m: wrapping.apply(m, "INT8")])
+@pytest.mark.parametrize(
+    "quantize", [lambda m: quantized_network(ModelGraph(m), FORMATS).model, lambda m: wrapping.apply(m, "INT8")]
+)
 def test_a_training_step_of_its_own_is_not_taken_over_and_that_is_told(quantize, caplog):
     inputs = keras.Input((4,))
     outputs = L.Dense(2)(inputs)

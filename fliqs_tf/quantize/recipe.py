@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fliqs_tf._keras import keras
-from fliqs_tf.graph import walking
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io.files import first_repeated, read_json, write_json
 from fliqs_tf.numerics.formats import Format
 
@@ -66,12 +66,13 @@ class Recipe:
             in_float = {f"{site.path}/activations" for site in model.sites if site.activation_decision is None}
             formats = {d: "FP32" if d in in_float else name for d in recipe.formats}
             return dataclasses.replace(recipe, formats=formats, info=info)
-        if any(hasattr(layer, "quantized_layer") for _, layer in walking.walk(model)):
+        graph = ModelGraph(model)
+        if any(hasattr(layer, "quantized_layer") for _, layer in graph.layers):
             raise ValueError(
                 f"Model {model.name!r} has fixed formats already. Give the search model that it was deployed from, or "
                 "the float model."
             )
-        return cls({path: name for path, _ in walking.quantizable(model)})
+        return cls({path: name for path, _ in graph.with_kernels})
 
     @property
     def float_layers(self) -> tuple[str, ...]:

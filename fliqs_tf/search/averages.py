@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fliqs_tf._keras import keras
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches
 from fliqs_tf.layers import batch_norm
 
@@ -24,7 +25,7 @@ def recalibrate(model: keras.Model, data: Iterable[Any] | batches.Source | None)
       model: The search model.
       data: Examples or their `batches.Source`, or None.
     """
-    if not estimate(model.network, data) and batch_norm.batch_norms(model.network):
+    if not estimate(model.graph, data) and batch_norm.batch_norms(model.graph):
         _LOG.warning(
             "The moving averages of batch normalization stay as training left them, those of the formats that it "
             "computed with: there is no batch to estimate them anew from (a generator is read once). Give "
@@ -32,19 +33,19 @@ def recalibrate(model: keras.Model, data: Iterable[Any] | batches.Source | None)
         )
 
 
-def estimate(network: keras.Model, data: Iterable[Any] | batches.Source | None) -> int:
+def estimate(graph: ModelGraph, data: Iterable[Any] | batches.Source | None) -> int:
     """Estimates the moving averages of a network from a few batches.
 
     Args:
-      network: Its formats must be set.
+      graph: Of a network whose formats are set.
       data: Examples or their `batches.Source`, or None.
 
     Returns:
       The number of batches that were used.
     """
-    if data is None or not batch_norm.batch_norms(network):
+    if data is None or not batch_norm.batch_norms(graph):
         return 0
-    source = data if isinstance(data, batches.Source) else batches.read(data, network, "calibration_data")
+    source = data if isinstance(data, batches.Source) else batches.read(data, graph.model, "calibration_data")
     size = source.batch_size or BATCH_SIZE
     inputs = (batch.x for batch in source.some(ESTIMATION_BATCHES, size))
-    return batch_norm.recalibrate(network, inputs, shared=source.is_distributed)
+    return batch_norm.recalibrate(graph, inputs, shared=source.is_distributed)

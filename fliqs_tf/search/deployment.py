@@ -42,11 +42,11 @@ def deployed(
     for decision in model.decisions:
         if formats[decision.name] not in decision.options:
             _LOG.info("%s: %s was not among the formats of the search.", decision.name, formats[decision.name])
-    fixed = copying.fixed(model.network, formats)
+    fixed = copying.fixed(model.graph, formats)
     used = averages.estimate(fixed, calibration_data)
     is_other = dict(recipe.formats) != dict(own.formats)
     if is_other and not used and batch_norm.batch_norms(fixed):
         _LOG.warning("The moving averages of batch normalization belong to other formats: give calibration_data.")
     if shared_ranges.has_boundary_quantizers(fixed) and not ranges.unseen(fixed):
-        return tflite_writer.as_shipped(fixed)
-    return fixed
+        return tflite_writer.as_shipped(fixed).model
+    return fixed.model

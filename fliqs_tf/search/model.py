@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from fliqs_tf import costs, replicas
 from fliqs_tf._keras import IS_KERAS_3, add_state, build_optimizer, check_strategy, keras, map_shapes, replace_layer
 from fliqs_tf.costs.profile import Profile
+from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import batch_norm, shared_ranges
 from fliqs_tf.layers.quantizers import training_step
 from fliqs_tf.numerics.formats import Format
@@ -45,7 +46,7 @@ class SearchModel(keras.Model):
 
     Args:
       network: Model with `Quantized` layers, or what TensorFlow Model Optimization's `quantize_apply` made with a
-        `fliqs_tf.tfmot.FliqsQuantizeScheme`; it is trained in place.
+        `fliqs_tf.tfmot.FliqsQuantizeScheme`, or the `ModelGraph` of one; it is trained in place.
       controller: Options of `Controller`, as a dict.
       input_shape: Shape of one example, where the network leaves it open.
       profile: The platform that is searched for, a `Profile` or None.
@@ -53,17 +54,18 @@ class SearchModel(keras.Model):
 
     def __init__(
         self,
-        network: keras.Model,
+        network: keras.Model | ModelGraph,
         controller: Mapping[str, Any] | None = None,
         input_shape: Any = None,
         profile: Profile | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.network = network
+        self.graph = graph = ModelGraph.of(network)
+        self.network = network = graph.model
         self._trainable = network.trainable  # past the setter, which would unfreeze what is frozen inside
-        if shared_ranges.has_boundary_quantizers(network):
-            shared_ranges.link(network)
+        if shared_ranges.has_boundary_quantizers(graph):
+            shared_ranges.link(graph)
         self.profile = profile
         self._example_shape = input_shape and map_shapes(
             lambda s: list(s.shape if hasattr(s, "shape") else s), input_shape
@@ -100,12 +102,12 @@ class SearchModel(keras.Model):
     @functools.cached_property
     def decisions(self) -> list[Decision]:
         """What the search decides, in network order."""
-        return decisions_lib.open_decisions(self.network)
+        return decisions_lib.open_decisions(self.graph)
 
     @functools.cached_property
     def sites(self) -> list[costs.Site]:
         """The layers that costs count."""
-        return costs.sites(self.network, self._example_shape)
+        return costs.sites(self.graph, self._example_shape)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         return self.network(inputs, training=training)
@@ -425,7 +427,7 @@ class SearchModel(keras.Model):
         self._assign(sample)
         states = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(tf.convert_to_tensor(v)) for v in states]
-        with batch_norm.batch_statistics(self.network):
+        with batch_norm.batch_statistics(self.graph):
             y_pred = self(x, training=True)
         self.compute_loss(x, y, y_pred, sample_weight)
         quality, _ = self._quality_of_batch()
