@@ -8,9 +8,11 @@ with negative gain change their sign: the codes that were trained are the codes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
+import tensorflow as tf
 
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.export import boundaries, deployed
@@ -18,11 +20,16 @@ from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step,
 from fliqs_tf.graph import commuting, dataflow, layer_types, walking
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
-from fliqs_tf.layers.quantizers import ActivationQuantizer
+from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from fliqs_tf.layers.requantize import ROUNDINGS
 from fliqs_tf.numerics.formats import Format
 
 _LAYERS = keras.layers
+Shape: TypeAlias = tuple[int | None, ...]
+Read: TypeAlias = tuple[str, dict[str, Any]]
+"""(kind, options) of a `Step`."""
+Reader: TypeAlias = Callable[[keras.layers.Layer, str, list[Shape]], Read]
+"""(layer, path, shapes of its inputs) -> its step."""
 
 
 def steps(graph: ModelGraph) -> IntegerNetwork:
@@ -56,12 +63,12 @@ def check_layers(graph: ModelGraph) -> None:
             layer = call.layer.quantized_layer
             if len(layer_types.kernels(layer)) == 2 or _operation(call.path, layer, inputs[0]) != "dense":
                 _window(layer, call.path)
-            _activation(layer, call.path, None)
+            _activation(layer, call.path, [])
         elif not isinstance(call.layer, ActivationQuantizer):
             _read(call, inputs, output, iter(range(10**9)))
 
 
-def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple], tuple]]:
+def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[Shape], Shape]]:
     """(call, shapes of its inputs, shape of its output), of one example; raises for a layer without a counterpart."""
     shapes = {value: shape for value, _, shape, _ in flow.inputs}
     for call in flow.calls:
@@ -70,7 +77,7 @@ def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple
         yield call, inputs, shapes[call.output]
 
 
-def _output_shape(call, inputs) -> tuple:
+def _output_shape(call: dataflow.Call, inputs: list[Shape]) -> Shape:
     if reason := why_not(call.path, call.layer):  # a composite layer, for one, does not say what shape it gives
         raise ValueError(reason)
     if len(inputs) > 1 or isinstance(call.layer, (_LAYERS.Add, _LAYERS.Multiply, _LAYERS.Concatenate)):
@@ -82,7 +89,7 @@ def _output_shape(call, inputs) -> tuple:
     return tuple(shape)[1:]
 
 
-def unsupported(path: str, layer, why: str = "") -> ValueError:
+def unsupported(path: str, layer: keras.layers.Layer, why: str = "") -> ValueError:
     """The error for a layer that has no counterpart in the file."""
     layer = getattr(layer, "quantized_layer", layer)
     return ValueError(
@@ -91,7 +98,7 @@ def unsupported(path: str, layer, why: str = "") -> ValueError:
     )
 
 
-def why_not(path: str, layer) -> str:
+def why_not(path: str, layer: keras.layers.Layer) -> str:
     """Why a layer has no counterpart in the file, whatever its formats and shapes; "" if it may have one."""
     inner = walking.unwrapped(layer)
     kernels = layer_types.kernels(inner)
@@ -106,7 +113,7 @@ def why_not(path: str, layer) -> str:
     return ""
 
 
-def _read(call: dataflow.Call, inputs, output, fresh) -> list[Step]:
+def _read(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Iterator[int]) -> list[Step]:
     """The steps of one call."""
     layer, base = call.layer, (call.path, call.inputs, call.output, (*inputs, output))
     if isinstance(layer, Quantized):
@@ -125,7 +132,9 @@ def _read(call: dataflow.Call, inputs, output, fresh) -> list[Step]:
     return [Step(kind, *base, options=options, shift=shift)]
 
 
-def _merging_steps(call, kind, inputs, output, fresh) -> list[Step]:
+def _merging_steps(
+    call: dataflow.Call, kind: str, inputs: list[Shape], output: Shape, fresh: Iterator[int]
+) -> list[Step]:
     """An operation on several values; those of lower rank first get axes behind that of examples, as in Keras."""
     rank = max(len(shape) for shape in inputs)
     made, values, shapes = [], list(call.inputs), [(*[1] * (rank - len(shape)), *shape) for shape in inputs]
@@ -151,7 +160,7 @@ def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> Activation
     return ActivationScale(fmt, amax * np.float32(quantizer.clip))
 
 
-def _fixed(quantizer, path) -> tuple[Format, ...]:
+def _fixed(quantizer: Quantizer, path: str) -> tuple[Format, ...]:
     if len(quantizer.space) > 1:
         raise ValueError(
             f"Layer {path!r} may still take {len(quantizer.space)} formats: export what qmodel.deploy() gives."
@@ -165,7 +174,7 @@ def _fixed(quantizer, path) -> tuple[Format, ...]:
     return quantizer.space.formats
 
 
-def _read_quantized(call, inputs, output, fresh) -> list[Step]:
+def _read_quantized(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Iterator[int]) -> list[Step]:
     layer, value, made = call.layer, call.inputs[0], []
     if layer.activation_quantizer is not None:
         activation_scale = activation_scale_of(layer.activation_quantizer, call.path)
@@ -179,7 +188,15 @@ def _read_quantized(call, inputs, output, fresh) -> list[Step]:
     return made + _linear_steps(call, layer.layer, value, inputs[0], output, layer, fresh)
 
 
-def _linear_steps(call, layer, value, shape, output, quantized, fresh) -> list[Step]:
+def _linear_steps(
+    call: dataflow.Call,
+    layer: keras.layers.Layer,
+    value: int,
+    shape: Shape,
+    output: Shape,
+    quantized: Quantized | None,
+    fresh: Iterator[int],
+) -> list[Step]:
     """A layer with one kernel, or the two of a separable convolution, and its activation."""
     name = commuting.activation(layer)
     kernels = layer_types.kernels(layer)
@@ -210,12 +227,12 @@ def _linear_steps(call, layer, value, shape, output, quantized, fresh) -> list[S
     base = (call.path, (value,), result, (shape, output))
     made.append(Step("linear", *base, activation=fused, options=options, linear=second, shift=shift))
     if fused != name:
-        kind, options = _activation(layer, call.path, None)
+        kind, options = _activation(layer, call.path, [])
         made.append(Step(kind, call.path, (result,), call.output, (output, output), options=options))
     return made
 
 
-def _operation(path, layer, shape) -> str:
+def _operation(path: str, layer: keras.layers.Layer, shape: Shape | None) -> str:
     if isinstance(layer, _LAYERS.Dense):
         return "dense"
     if isinstance(layer, _LAYERS.EinsumDense):
@@ -233,7 +250,7 @@ def _operation(path, layer, shape) -> str:
     raise unsupported(path, layer)
 
 
-def _window(layer, path) -> dict:
+def _window(layer: keras.layers.Layer, path: str) -> dict[str, Any]:
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
     strides = layer.strides if isinstance(layer.strides, (tuple, list)) else (layer.strides,) * 2
@@ -244,7 +261,14 @@ def _window(layer, path) -> dict:
     return {"strides": tuple(strides), "padding": layer.padding, "dilation": tuple(dilation)}
 
 
-def _linear(path, layer, kernel, quantizer, operation, with_bias) -> Linear:
+def _linear(
+    path: str,
+    layer: keras.layers.Layer,
+    kernel: layer_types.Kernel,
+    quantizer: WeightQuantizer | None,
+    operation: str,
+    with_bias: bool,
+) -> Linear:
     weight = float_value(getattr(layer, kernel.attribute))
     channels = math.prod(weight.shape[a] for a in kernel.channel_axes)
     codes, scale = None, np.ones(channels)
@@ -256,8 +280,8 @@ def _linear(path, layer, kernel, quantizer, operation, with_bias) -> Linear:
         values = quantized.values.astype(np.float64)
         if quantized.scale is not None:
             values = values * quantized.scale
-        if boundaries.is_integer(fmt):
-            codes, scale = quantized.values.astype(np.int8), quantized.scale.astype(np.float64).reshape(channels)
+            if boundaries.is_integer(fmt):
+                codes, scale = quantized.values.astype(np.int8), quantized.scale.astype(np.float64).reshape(channels)
     if operation == "depthwise":  # [height, width, in, multiplier]: in * multiplier output channels
         values = values.reshape(*values.shape[:2], channels)
         codes = None if codes is None else codes.reshape(values.shape)
@@ -270,7 +294,7 @@ def _linear(path, layer, kernel, quantizer, operation, with_bias) -> Linear:
 # ---- layers without kernels: layer, path, input shapes -> (kind, options)
 
 
-def _batch_norm(layer, path, inputs):
+def _batch_norm(layer: keras.layers.BatchNormalization, path: str, inputs: list[Shape]) -> Read:
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
     if axis not in (-1, len(inputs[0])):
         raise unsupported(path, layer, f"it normalizes axis {axis}, not the last one")
@@ -283,17 +307,19 @@ def _batch_norm(layer, path, inputs):
     return "affine", {"gain": gain, "offset": offset}
 
 
-def _array(variable) -> np.ndarray:
+def _array(variable: tf.Variable) -> np.ndarray:
     return np.asarray(float_value(variable), np.float64)
 
 
-def _rescaling(layer, path, inputs):
+def _rescaling(layer: keras.layers.Rescaling, path: str, inputs: list[Shape]) -> Read:
     channels = inputs[0][-1]
+    if channels is None:
+        raise unsupported(path, layer, "its number of channels is open")
     gain, offset = (np.broadcast_to(np.asarray(v, np.float64), (channels,)) for v in (layer.scale, layer.offset))
     return "affine", {"gain": gain, "offset": offset}
 
 
-def _activation(layer, path, inputs):
+def _activation(layer: keras.layers.Layer, path: str, inputs: list[Shape]) -> Read:
     name = commuting.activation(layer)
     known = ("linear", "relu", "relu6", "softmax", "sigmoid", "tanh", "silu", "swish")
     if name not in known:
@@ -301,22 +327,22 @@ def _activation(layer, path, inputs):
     return "activation", {"function": {"swish": "silu"}.get(name, name)}
 
 
-def _softmax(layer, path, inputs):
+def _softmax(layer: keras.layers.Softmax, path: str, inputs: list[Shape]) -> Read:
     if layer.axis not in (-1, len(inputs[0])):
         raise unsupported(path, layer, f"softmax over axis {layer.axis}, not the last one")
     return "activation", {"function": "softmax"}
 
 
-def _pooling(kind):
-    def read(layer, path, inputs):
+def _pooling(kind: str) -> Reader:
+    def read(layer: keras.layers.Layer, path: str, inputs: list[Shape]) -> Read:
         options = _window(layer, path)
         return kind, {**options, "size": tuple(layer.pool_size)}
 
     return read
 
 
-def _global_pooling(kind):
-    def read(layer, path, inputs):
+def _global_pooling(kind: str) -> Reader:
+    def read(layer: keras.layers.Layer, path: str, inputs: list[Shape]) -> Read:
         if getattr(layer, "data_format", "channels_last") != "channels_last":
             raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
         return kind, {"keepdims": bool(layer.keepdims)}
@@ -324,17 +350,17 @@ def _global_pooling(kind):
     return read
 
 
-def _padding(layer, path, inputs):
+def _padding(layer: keras.layers.ZeroPadding2D, path: str, inputs: list[Shape]) -> Read:
     return "pad", {"padding": tuple(tuple(side) for side in layer.padding)}
 
 
-def _upsampling(layer, path, inputs):
+def _upsampling(layer: keras.layers.UpSampling2D, path: str, inputs: list[Shape]) -> Read:
     if layer.interpolation != "nearest":
         raise unsupported(path, layer, f"interpolation {layer.interpolation!r}")
     return "upsample", {}
 
 
-def _concatenation(layer, path, inputs):
+def _concatenation(layer: keras.layers.Concatenate, path: str, inputs: list[Shape]) -> Read:
     rank = len(inputs[0]) + 1
     axis = layer.axis % rank
     if axis == 0:
@@ -342,8 +368,8 @@ def _concatenation(layer, path, inputs):
     return "concatenate", {"axis": axis}
 
 
-def _merging(kind):
-    def read(layer, path, inputs):
+def _merging(kind: str) -> Reader:
+    def read(layer: keras.layers.Layer, path: str, inputs: list[Shape]) -> Read:
         if len(inputs) < 2:
             raise unsupported(path, layer, "it has one input")
         return kind, {}
@@ -351,7 +377,7 @@ def _merging(kind):
     return read
 
 
-_READERS = {
+_READERS: dict[type, Reader] = {
     _LAYERS.BatchNormalization: _batch_norm,
     _LAYERS.Rescaling: _rescaling,
     _LAYERS.ReLU: _activation,
@@ -376,7 +402,7 @@ _READERS = {
 # ---- fewer steps
 
 
-def _without_identities(found: list[Step], outputs) -> list[Step]:
+def _without_identities(found: list[Step], outputs: Container[int]) -> list[Step]:
     """Drops steps that give what they read, but for those that make an output."""
     same: dict[int, int] = {}
     kept = []
@@ -390,7 +416,7 @@ def _without_identities(found: list[Step], outputs) -> list[Step]:
     return kept
 
 
-def _merged(found: list[Step], outputs) -> list[Step]:
+def _merged(found: list[Step], outputs: Container[int]) -> list[Step]:
     """Batch normalization goes into the linear step before it; ReLU into the linear, affine or adding step."""
     counts: dict[int, int] = {}
     for step in found:
@@ -400,11 +426,11 @@ def _merged(found: list[Step], outputs) -> list[Step]:
     kept = []
     for step in found:
         before = made_by.get(step.inputs[0])
-        alone = before is not None and counts[step.inputs[0]] == 1 and step.inputs[0] not in outputs
-        if alone and before.activation == "linear" and _takes(before, step):
+        alone = counts[step.inputs[0]] == 1 and step.inputs[0] not in outputs
+        if before is not None and alone and before.activation == "linear" and _takes(before, step):
             if step.kind == "affine":
                 if before.kind == "linear":
-                    before.linear = before.linear.then(step.options["gain"], step.options["offset"])
+                    before.linear = before.kernel.then(step.options["gain"], step.options["offset"])
                     before.shift = step.shift
                 else:
                     gain, offset = before.options["gain"], before.options["offset"]
@@ -457,7 +483,7 @@ def round_biases(graph: ModelGraph) -> None:
             v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs
         ):
             continue
-        linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.linear
+        linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.kernel
         if linear.codes is not None:
             unit = float(activation_scales[step.inputs[0]].int8_scale) * linear.scale
             moved = np.rint(linear.bias / unit) * unit - linear.bias

@@ -17,10 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
+from numpy.typing import ArrayLike, DTypeLike
 
-from fliqs_tf._keras import check_model
+from fliqs_tf._keras import check_model, keras
 from fliqs_tf.export import boundaries, lowering, tflite_kernels
 from fliqs_tf.export.steps import ActivationScale, IntegerNetwork, Linear, Step, ones
 from fliqs_tf.export.tflite_file import QuantizationParameters, TfliteFile
@@ -35,7 +39,13 @@ _LARGEST = 127
 _BATCH = 32  # examples of arrays that are computed at a time
 
 
-def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = True):
+def tflite(
+    final: keras.Model,
+    path: str | os.PathLike,
+    representative: tf.data.Dataset | Iterable[Any] | None = None,
+    *,
+    int4: bool = True,
+) -> keras.Model:
     """Writes a deployed model to a `.tflite` file.
 
     Args:
@@ -67,7 +77,7 @@ def tflite(final, path: str | os.PathLike, representative=None, *, int4: bool = 
     lowering.check_layers(graph)  # before it is copied: some layers that have no form have no copy either
     graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, graph.model, "representative")
-    boundaries.calibrate(graph, examples and (batch.x for batch in examples.in_order(_BATCH)))
+    boundaries.calibrate(graph, None if examples is None else (batch.x for batch in examples.in_order(_BATCH)))
     lowering.round_biases(graph)
     writer = _Writer(lowering.steps(graph), int4)
     content = writer.to_bytes(f"{final.name}, written by fliqs_tf")
@@ -85,10 +95,24 @@ def as_shipped(graph: ModelGraph) -> ModelGraph:
     return requantize.insert(graph, writer.roundings)
 
 
+class _Raw(NamedTuple):
+    """A tensor for a kernel to write codes to, which may not be the codes yet that all readers take.
+
+    Attributes:
+      tensor: Its index.
+      parameters: What its codes mean.
+      zero_points: Those of further tensors that the codes go through, in this order: int8 cuts them off on the way.
+    """
+
+    tensor: int
+    parameters: QuantizationParameters
+    zero_points: list[int]
+
+
 class _Writer:
     """Turns steps into tensors and operations."""
 
-    def __init__(self, network: IntegerNetwork, int4: bool):
+    def __init__(self, network: IntegerNetwork, int4: bool) -> None:
         self.network, self.int4 = network, int4
         # Last call of a step -> class and state of what rounds behind it; several in a network that is called several
         # times. Of a separable convolution's two kernels the second one's: there is no place between them.
@@ -148,23 +172,12 @@ class _Writer:
                 (activation_scale.largest + 0.49) * activation_scale.scale
             )
             raw = self._raw(value, activation_scale, "clipped" if fits else "float")
-            self.file.operation("QUANTIZE", [self.as_float(value)], [raw[0]])
+            self.file.operation("QUANTIZE", [self.as_float(value)], [raw.tensor])
             self._finish(value, activation_scale, raw)
         return self.codes[value][activation_scale]
 
-    def new_codes(
-        self, value: int, activation_scale: ActivationScale, activation: str
-    ) -> tuple[int, QuantizationParameters, list]:
-        """A tensor for a kernel to write a value's codes to.
-
-        Returns:
-          Its index, its parameters, and what `finish` needs.
-        """
-        raw = self._raw(value, activation_scale, activation)
-        return raw[0], raw[1], raw
-
-    def _raw(self, value, activation_scale, activation):
-        """(tensor, parameters of its codes, zero points still to go through)."""
+    def _raw(self, value: int, activation_scale: ActivationScale, activation: str) -> _Raw:
+        """A tensor for a kernel with this activation to write a value's codes to; `_finish` goes on from it."""
         m = activation_scale.largest
         if m == _LARGEST or activation == "clipped":
             zero_points = [0]
@@ -173,12 +186,12 @@ class _Writer:
         else:
             zero_points = [_LARGEST - m, m - _LARGEST - 1]
         parameters = QuantizationParameters(activation_scale.scale, zero_points[0])
-        return self._int8(value, parameters), parameters, zero_points[1:]
+        return _Raw(self._int8(value, parameters), parameters, zero_points[1:])
 
-    def _finish(self, value, activation_scale, raw) -> None:
+    def _finish(self, value: int, activation_scale: ActivationScale, raw: _Raw) -> None:
         """From what the kernel wrote to the codes that all readers take."""
-        tensor, _, zero_points = raw
-        last = [QuantizationParameters(activation_scale.scale, z) for z in zero_points]
+        tensor = raw.tensor
+        last = [QuantizationParameters(activation_scale.scale, z) for z in raw.zero_points]
         if activation_scale.spread > 1:
             last.append(self.parameters(activation_scale))
         for parameters in last:
@@ -187,7 +200,7 @@ class _Writer:
             tensor = following
         self.codes.setdefault(value, {})[activation_scale] = tensor
 
-    def _int8(self, value, parameters: QuantizationParameters) -> int:
+    def _int8(self, value: int, parameters: QuantizationParameters) -> int:
         return self.file.tensor(f"codes_{value}", (-1, *self.shapes[value]), np.int8, parameters)
 
     @staticmethod
@@ -199,7 +212,7 @@ class _Writer:
         """The scale that all readers of a value want its codes at; None if there is not exactly one."""
         if value in self.network.outputs:
             return None
-        activation_scales = set()
+        activation_scales: set[ActivationScale | None] = set()
         for reader in self.readers.get(value, ()):
             if reader.kind == "quantize":
                 activation_scales.add(reader.options["scale"])
@@ -218,7 +231,9 @@ class _Writer:
         """The scale of a value that is made in codes; those that readers of a float value round it to are theirs."""
         return None if value in self.in_float else next(iter(self.codes.get(value, ())), None)
 
-    def constant(self, name: str, data, dtype, parameters=None) -> int:
+    def constant(
+        self, name: str, data: ArrayLike, dtype: DTypeLike, parameters: QuantizationParameters | None = None
+    ) -> int:
         data = np.asarray(data)
         return self.file.tensor(name, data.shape, dtype, parameters, data)
 
@@ -235,8 +250,8 @@ class _Writer:
             target = self.wanted(step.output)
             writer = getattr(self, f"integer_{step.kind}", None)
             if writer is not None and None not in activation_scales and target is not None and self.has_integer(step):
-                tensor, parameters, raw = self.new_codes(step.output, target, step.activation)
-                writer(step, activation_scales, tensor, parameters)
+                raw = self._raw(step.output, target, step.activation)
+                writer(step, activation_scales, raw.tensor, raw.parameters)
                 self._finish(step.output, target, raw)
             else:
                 getattr(self, f"float_{step.kind}")(step, self.new_float(step.output, step.path))
@@ -245,7 +260,7 @@ class _Writer:
     def has_integer(step: Step) -> bool:
         """True if the step's weights, window and number of inputs have an integer kernel."""
         if step.kind == "linear":
-            return step.linear.codes is not None
+            return step.kernel.codes is not None
         if step.kind == "affine":
             return len(step.shapes[0]) == 3
         if step.kind == "average_pool":
@@ -286,50 +301,63 @@ class _Writer:
             self.codes[step.output] = {activation_scale: output}
         getattr(self, f"move_{step.kind}")(step, inputs, output)
 
-    def move_max_pool(self, step, inputs, output):
+    def move_max_pool(self, step: Step, inputs: list[int], output: int) -> None:
         self.file.operation("MAX_POOL_2D", inputs, [output], **_pool(step))
 
-    def move_max(self, step, inputs, output):
+    def move_max(self, step: Step, inputs: list[int], output: int) -> None:
         axes = self.constant("axes", [1, 2], np.int32)
         self.file.operation("REDUCE_MAX", [*inputs, axes], [output], keepDims=step.options["keepdims"])
 
-    def move_reshape(self, step, inputs, output):
+    def move_reshape(self, step: Step, inputs: list[int], output: int) -> None:
         shape = self.constant("shape", [-1, *step.shapes[-1]], np.int32)
         self.file.operation("RESHAPE", [*inputs, shape], [output], newShape=[-1, *step.shapes[-1]])
 
-    def move_pad(self, step, inputs, output):
+    def move_pad(self, step: Step, inputs: list[int], output: int) -> None:
         padding = self.constant("padding", [(0, 0), *step.options["padding"], (0, 0)], np.int32)
         self.file.operation("PAD", [*inputs, padding], [output])
 
-    def move_upsample(self, step, inputs, output):
+    def move_upsample(self, step: Step, inputs: list[int], output: int) -> None:
         size = self.constant("size", step.shapes[-1][:2], np.int32)
         self.file.operation(
             "RESIZE_NEAREST_NEIGHBOR", [*inputs, size], [output], alignCorners=False, halfPixelCenters=False
         )
 
-    def move_concatenate(self, step, inputs, output):
+    def move_concatenate(self, step: Step, inputs: list[int], output: int) -> None:
         self.file.operation("CONCATENATION", inputs, [output], axis=step.options["axis"], fusedActivationFunction=0)
 
-    def move_activation(self, step, inputs, output):
+    def move_activation(self, step: Step, inputs: list[int], output: int) -> None:
         self.file.operation(step.options["function"].upper(), inputs, [output])
 
     # ---- integer kernels
 
-    def integer_linear(self, step, activation_scales, tensor, parameters):
-        value, linear = step.inputs[0], step.linear
+    def integer_linear(
+        self, step: Step, activation_scales: list[ActivationScale], tensor: int, parameters: QuantizationParameters
+    ) -> None:
+        value, linear = step.inputs[0], step.kernel
         source = self.as_codes(value, activation_scales[0])
         scale, codes, bias = tflite_kernels.with_int32_biases(
             step.path, linear, float(self.parameters(activation_scales[0]).scale), float(parameters.scale)
         )
         self.kernel(step, linear, source, self.parameters(activation_scales[0]), codes, scale, bias, tensor, parameters)
 
-    def kernel(self, step, linear: Linear, source, parameters, codes, scale, bias, tensor, target):
+    def kernel(
+        self,
+        step: Step,
+        linear: Linear,
+        source: int,
+        parameters: QuantizationParameters,
+        codes: np.ndarray,
+        scale: np.ndarray,
+        bias: np.ndarray,
+        tensor: int,
+        target: QuantizationParameters,
+    ) -> None:
         """The operation of integer weights."""
         axis = 3 if linear.operation == "depthwise" else 0
         narrow = self.int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
         is_litert = narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
         rounding = requantize.double_rounding if is_litert else requantize.single_rounding
-        self.rounds(step, rounding(parameters.scale, scale, target.scale))
+        self.rounds(step, rounding(float(parameters.scale), scale, float(target.scale)))
         weights = self.constant(
             f"{step.path}/weights",
             tflite_kernels.arranged(linear.operation, codes),
@@ -344,7 +372,7 @@ class _Writer:
         )
         self.linear_operation(step, linear.operation, [source, weights, biases], tensor)
 
-    def linear_operation(self, step, operation, inputs, tensor):
+    def linear_operation(self, step: Step, operation: str, inputs: list[int], tensor: int) -> None:
         activation = {"fusedActivationFunction": _ACTIVATION[step.activation]}
         if operation == "dense":
             keep = {"keepNumDims": True} if len(step.shapes[0]) > 1 else {}
@@ -355,7 +383,9 @@ class _Writer:
             name = "CONV_2D" if operation == "conv" else "DEPTHWISE_CONV_2D"
             self.file.operation(name, inputs, [tensor], **window, **depthwise, **activation)
 
-    def integer_affine(self, step, activation_scales, tensor, parameters):
+    def integer_affine(
+        self, step: Step, activation_scales: list[ActivationScale], tensor: int, parameters: QuantizationParameters
+    ) -> None:
         """Gain and offset per channel: a 1x1 depthwise kernel whose scales are the gains."""
         gain = step.options["gain"]
         linear = ones((1, 1), len(gain)).then(gain, step.options["offset"])
@@ -363,7 +393,9 @@ class _Writer:
         step = dataclasses.replace(step, kind="linear", linear=linear, options=window)
         self.integer_linear(step, activation_scales, tensor, parameters)
 
-    def integer_average_pool(self, step, activation_scales, tensor, parameters):
+    def integer_average_pool(
+        self, step: Step, activation_scales: list[ActivationScale], tensor: int, parameters: QuantizationParameters
+    ) -> None:
         """A depthwise kernel of ones: AVERAGE_POOL_2D would round to the steps of its input."""
         size = step.options["size"]
         linear = ones(size, step.shapes[0][-1])
@@ -372,25 +404,31 @@ class _Writer:
         step = dataclasses.replace(step, kind="linear", linear=linear, options=window)
         self.integer_linear(step, activation_scales, tensor, parameters)
 
-    def integer_mean(self, step, activation_scales, tensor, parameters):
+    def integer_mean(
+        self, step: Step, activation_scales: list[ActivationScale], tensor: int, parameters: QuantizationParameters
+    ) -> None:
         axes = self.constant("axes", [1, 2], np.int32)
         source = self.as_codes(step.inputs[0], activation_scales[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
         height, width, _ = step.shapes[0]
         rounding = requantize.single_rounding(
-            self.parameters(activation_scales[0]).scale, np.full(1, 1 / (height * width)), parameters.scale
+            float(activation_scales[0].int8_scale), np.full(1, 1 / (height * width)), float(parameters.scale)
         )
         self.rounds(step, rounding)
 
-    def integer_add(self, step, activation_scales, tensor, parameters):
+    def integer_add(
+        self, step: Step, activation_scales: list[ActivationScale], tensor: int, parameters: QuantizationParameters
+    ) -> None:
         self._binary("ADD", step, activation_scales, tensor)
 
-    def integer_multiply(self, step, activation_scales, tensor, parameters):
+    def integer_multiply(
+        self, step: Step, activation_scales: list[ActivationScale], tensor: int, parameters: QuantizationParameters
+    ) -> None:
         self._binary("MUL", step, activation_scales, tensor)
-        left, right = (self.parameters(activation_scale).scale for activation_scale in activation_scales)
-        self.rounds(step, requantize.single_rounding(left, np.full(1, right), parameters.scale))
+        left, right = (activation_scale.int8_scale for activation_scale in activation_scales)
+        self.rounds(step, requantize.single_rounding(float(left), np.full(1, right), float(parameters.scale)))
 
-    def _binary(self, name, step, activation_scales, tensor):
+    def _binary(self, name: str, step: Step, activation_scales: list[ActivationScale], tensor: int) -> None:
         left, right = (
             self.as_codes(value, activation_scale) for value, activation_scale in zip(step.inputs, activation_scales)
         )
@@ -399,8 +437,8 @@ class _Writer:
 
     # ---- float kernels
 
-    def float_linear(self, step, tensor):
-        linear = step.linear
+    def float_linear(self, step: Step, tensor: int) -> None:
+        linear = step.kernel
         name = f"{step.path}/weights"
         if linear.codes is None:
             weights = self.constant(name, tflite_kernels.arranged(linear.operation, linear.values), np.float32)
@@ -416,13 +454,13 @@ class _Writer:
         bias = self.constant(f"{step.path}/bias", linear.bias, np.float32)
         self.linear_operation(step, linear.operation, [self.as_float(step.inputs[0]), weights, bias], tensor)
 
-    def float_affine(self, step, tensor):
+    def float_affine(self, step: Step, tensor: int) -> None:
         gain, offset = (self.constant(f"{step.path}/{n}", step.options[n], np.float32) for n in ("gain", "offset"))
         product = self.file.tensor(step.path, (-1, *step.shapes[-1]), np.float32)
         self.file.operation("MUL", [self.as_float(step.inputs[0]), gain], [product], fusedActivationFunction=0)
         self.file.operation("ADD", [product, offset], [tensor], fusedActivationFunction=_ACTIVATION[step.activation])
 
-    def float_activation(self, step, tensor):
+    def float_activation(self, step: Step, tensor: int) -> None:
         function, source = step.options["function"], self.as_float(step.inputs[0])
         if function == "softmax":
             self.file.operation("SOFTMAX", [source], [tensor], beta=1.0)
@@ -438,24 +476,24 @@ class _Writer:
             shape = self.constant("shape", [-1, *step.shapes[-1]], np.int32)
             self.file.operation("RESHAPE", [source, shape], [tensor], newShape=[-1, *step.shapes[-1]])
 
-    def float_identity(self, step, tensor):
+    def float_identity(self, step: Step, tensor: int) -> None:
         self.float_activation(dataclasses.replace(step, options={"function": "linear"}), tensor)
 
-    def float_average_pool(self, step, tensor):
+    def float_average_pool(self, step: Step, tensor: int) -> None:
         self.file.operation("AVERAGE_POOL_2D", [self.as_float(step.inputs[0])], [tensor], **_pool(step))
 
-    def float_mean(self, step, tensor):
+    def float_mean(self, step: Step, tensor: int) -> None:
         axes = self.constant("axes", [1, 2], np.int32)
         source = self.as_float(step.inputs[0])
         self.file.operation("MEAN", [source, axes], [tensor], keepDims=step.options["keepdims"])
 
-    def float_add(self, step, tensor):
+    def float_add(self, step: Step, tensor: int) -> None:
         self._float_binary("ADD", step, tensor)
 
-    def float_multiply(self, step, tensor):
+    def float_multiply(self, step: Step, tensor: int) -> None:
         self._float_binary("MUL", step, tensor)
 
-    def _float_binary(self, name, step, tensor):
+    def _float_binary(self, name: str, step: Step, tensor: int) -> None:
         left, *rest = (self.as_float(value) for value in step.inputs)
         for i, right in enumerate(rest, 1):
             last = i == len(rest)
@@ -471,7 +509,7 @@ def _is_quantization_invariant(step: Step) -> bool:
     return step.kind in ("max_pool", "max", "reshape", "pad", "upsample", "concatenate")
 
 
-def _window(step) -> dict:
+def _window(step: Step) -> dict[str, int]:
     (h, w), (dh, dw) = step.options["strides"], step.options["dilation"]
     return {
         "padding": _PADDING[step.options["padding"]],
@@ -482,7 +520,7 @@ def _window(step) -> dict:
     }
 
 
-def _pool(step) -> dict:
+def _pool(step: Step) -> dict[str, int]:
     (h, w), (sh, sw) = step.options["size"], step.options["strides"]
     padding = _PADDING[step.options["padding"]]
     return {"padding": padding, "strideH": sh, "strideW": sw, "filterHeight": h, "filterWidth": w}
