@@ -8,7 +8,7 @@ with negative gain change their sign: the codes that were trained are the codes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -200,7 +200,9 @@ def _linear_steps(
     """A layer with one kernel, or the two of a separable convolution, and its activation."""
     name = commuting.activation(layer)
     kernels = layer_types.kernels(layer)
-    quantizers = quantized.weight_quantizers if quantized is not None else [None] * len(kernels)
+    quantizers: Sequence[WeightQuantizer | None] = [None] * len(kernels)
+    if quantized is not None:
+        quantizers = quantized.weight_quantizers
     made = []
     if len(kernels) == 2:
         middle_shape = (*output[:-1], shape[-1] * layer.depth_multiplier)

@@ -48,7 +48,7 @@ from fliqs_tf.numerics.formats import Format
 LAYOUT = 1
 _MOST_CONFIG_BYTES = 256 * 2**20
 # Formats whose codes are a type of safetensors.
-_NATIVE = {
+_NATIVE: dict[str, np.dtype] = {
     "INT8": np.dtype(np.int8),
     "INT16": np.dtype(np.int16),
     "E4M3": np.dtype(tf.dtypes.experimental.float8_e4m3fn.as_numpy_dtype),
@@ -57,7 +57,7 @@ _NATIVE = {
     "BF16": np.dtype(tf.bfloat16.as_numpy_dtype),
     "FP32": np.dtype(np.float32),
 }
-_DTYPES = {
+_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(bool),
     **{f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
     **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
