@@ -95,11 +95,13 @@ def wrap(
         rules = [_for_integers(rule) for rule in as_rules(rules)]
     elif target is not None:
         spaces = [targets.supported_formats(each, target, tensors) for each in spaces]
-    options = (rules, granularity, tensors, *spaces[1:])
     network = quantized_network(
         ModelGraph(model),
         spaces[0],
-        *options,
+        rules,
+        granularity,
+        tensors,
+        spaces[1] if len(spaces) > 1 else None,
         input_shape=input_shape,
         embeddings=embeddings,
         attention_scores=attention_scores,

@@ -32,8 +32,7 @@ class CostTable:
     def __init__(self, cost: Cost, sites: Sequence[Site], decisions: Sequence[tuple[str, Sequence[str]]]):
         index: dict[str | None, int] = {name: i for i, (name, _) in enumerate(decisions)}
         options = [[Format(f) for f in names] for _, names in decisions]
-        self.unit, self.names = cost.unit, [name for name, _ in decisions]
-        self.per_unit = cost.per_unit
+        self.unit, self.per_unit = cost.unit, cost.per_unit
         width = max(len(formats) for formats in options)
         self.constant = 0
         # float64 holds whole numbers up to 2^53 exactly, 9 million GBOPs; float32 would lose digits.
@@ -60,10 +59,10 @@ class CostTable:
 
     def of_samples(self, samples: ArrayLike) -> np.ndarray:
         """Exact cost of samples. Args: int array [m, decisions]. Returns: float64 [m], in the unit."""
-        samples = np.atleast_2d(np.asarray(samples))
-        total = self.constant + self.tables[np.arange(len(self.sizes)), samples].sum(axis=1)
+        rows = np.atleast_2d(np.asarray(samples))
+        total = self.constant + self.tables[np.arange(len(self.sizes)), rows].sum(axis=1)
         for (w, a), matrix in self.pairs.items():
-            total = total + matrix[samples[:, w], samples[:, a]]
+            total = total + matrix[rows[:, w], rows[:, a]]
         return total / self.per_unit
 
     def expected(self, probabilities: tf.Tensor) -> tf.Tensor:
