@@ -36,11 +36,11 @@ def merged(found: list[Step], outputs: Collection[int]) -> list[Step]:
     kept = []
     for step in found:
         before = made_by.get(step.inputs[0])
-        alone = before is not None and counts[step.inputs[0]] == 1 and step.inputs[0] not in outputs
-        if alone and before.activation == "linear" and _takes(before, step):
+        alone = counts[step.inputs[0]] == 1 and step.inputs[0] not in outputs
+        if before is not None and alone and before.activation == "linear" and _takes(before, step):
             if step.kind == "affine":
                 if before.kind == "linear":
-                    before.linear = before.linear.then(step.options["gain"], step.options["offset"])
+                    before.linear = before.kernel.then(step.options["gain"], step.options["offset"])
                     before.shift = step.shift
                 else:
                     gain, offset = before.options["gain"], before.options["offset"]

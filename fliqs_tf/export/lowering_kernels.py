@@ -116,7 +116,7 @@ def _linear(
         values = quantized.values.astype(np.float64)
         if quantized.scale is not None:
             values = values * quantized.scale
-        if boundaries.is_integer(fmt):
+        if boundaries.is_integer(fmt) and quantized.scale is not None:
             codes, scale = quantized.values.astype(np.int8), quantized.scale.astype(np.float64).reshape(channels)
     if operation == "depthwise":  # [height, width, in, multiplier]: in * multiplier output channels
         values = values.reshape(*values.shape[:2], channels)

@@ -21,7 +21,7 @@ Rounding = tuple[type, dict]
 def takes(step: Step) -> bool:
     """True if the step's weights, window and number of inputs have an integer kernel."""
     if step.kind == "linear":
-        return step.linear.codes is not None
+        return step.kernel.codes is not None
     if step.kind == "average_pool":
         return step.options["padding"] == "valid"
     if step.kind in ("affine", "mean"):
@@ -47,7 +47,7 @@ def write(file: TfliteFile, step: Step, sources: list[Codes], target: Codes, int
         return _mean(file, step, sources[0], target)
     if step.kind != "linear":
         step = _as_linear(step)
-    return _linear(file, step, step.linear, sources[0], target, int4)
+    return _linear(file, step, step.kernel, sources[0], target, int4)
 
 
 def _as_linear(step: Step) -> Step:
@@ -82,7 +82,7 @@ def _linear(file: TfliteFile, step: Step, linear: Linear, source: Codes, target:
     tflite_options.linear_operation(file, step, linear.operation, [source.tensor, weights, biases], target.tensor)
     is_litert = is_narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
     rounding = requantize.double_rounding if is_litert else requantize.single_rounding
-    return rounding(source_scale, scale, target_scale)
+    return rounding(float(source_scale), scale, float(target_scale))
 
 
 def _mean(file: TfliteFile, step: Step, source: Codes, target: Codes) -> Rounding:
@@ -90,7 +90,7 @@ def _mean(file: TfliteFile, step: Step, source: Codes, target: Codes) -> Roundin
     file.operation("MEAN", [source.tensor, axes], [target.tensor], keepDims=step.options["keepdims"])
     height, width, _ = step.shapes[0]
     share = np.full(1, 1 / (height * width))
-    return requantize.single_rounding(source.parameters.scale, share, target.parameters.scale)
+    return requantize.single_rounding(float(source.parameters.scale), share, float(target.parameters.scale))
 
 
 def _binary(file: TfliteFile, step: Step, sources: list[Codes], target: Codes) -> Rounding | None:
@@ -101,4 +101,4 @@ def _binary(file: TfliteFile, step: Step, sources: list[Codes], target: Codes) -
     if step.kind == "add":
         return None
     weights = np.full(1, right.parameters.scale)
-    return requantize.single_rounding(left.parameters.scale, weights, target.parameters.scale)
+    return requantize.single_rounding(float(left.parameters.scale), weights, float(target.parameters.scale))

@@ -54,7 +54,7 @@ def tflite(
     lowering.check_layers(graph)  # before it is copied: some layers that have no form have no copy either
     graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, graph.model, "representative")
-    boundaries.calibrate(graph, examples and (batch.x for batch in examples.in_order(_BATCH)))
+    boundaries.calibrate(graph, None if examples is None else (batch.x for batch in examples.in_order(_BATCH)))
     biases.settle(graph)
     network = tflite_network.build(lowering.steps(graph), int4)
     content = network.to_bytes(f"{final.name}, written by fliqs_tf")

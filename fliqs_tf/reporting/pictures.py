@@ -239,8 +239,9 @@ def budgets_figure(
     for name, row in points.items():
         axes.errorbar(row["cost"], row["loss"], row["deviation"], fmt="o", markersize=6, color=color(name), label=name)
     if trained is not None:
-        mark = {"marker": "*", "markersize": 13, "color": _RED, "linestyle": "none"}
-        axes.plot(trained["cost"], trained["loss"], label="what the weights are trained for", **mark)
+        axes.scatter(
+            trained["cost"], trained["loss"], s=170, color=_RED, marker="*", zorder=3, label="what the weights are for"
+        )
     axes.set_xscale("log")
     axes.tick_params(which="both", labelsize=_SMALL)
     axes.set_xlabel(f"cost ({cost_unit})" if cost_unit else "cost", fontsize=_NORMAL)
