@@ -78,6 +78,8 @@ def _array(variable: Any) -> np.ndarray:
 
 def _rescaling(layer: Any, path: str, inputs: Shapes) -> Read:
     channels = inputs[0][-1]
+    if channels is None:
+        raise unsupported(path, layer, "its number of channels is open")
     gain, offset = (np.broadcast_to(np.asarray(v, np.float64), (channels,)) for v in (layer.scale, layer.offset))
     return "affine", {"gain": gain, "offset": offset}
 
