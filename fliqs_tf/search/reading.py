@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,12 @@ class Reader:
             return False
         seen = list(itertools.islice(self._batches, _TRAINED_BATCHES))
         self._batches = itertools.chain(seen, self._batches)
+        if self.strategy.num_replicas_in_sync == 1 and _is_one_class([data[1] for data in seen]):
+            _LOG.warning(
+                "All examples in the first %d batches that quality is read from are of one class: what a format does to "
+                "the others is not seen. Shuffle the data set, or give quality_data of all classes.",
+                len(seen),
+            )
         widest = tf.constant([self.model.training_choice().tolist()] * self._samples)
         own, others = (
             np.mean([self._quality(data, widest) for data in each])
@@ -185,6 +191,14 @@ def _read_one(model: keras.Model) -> Callable:
 
 def _learn(model: keras.Model) -> Callable:
     return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
+
+
+def _is_one_class(labels: Sequence[Any]) -> bool:
+    """Whether labels of several batches are classes, and all of them the same one."""
+    if not all(tf.is_tensor(y) and y.dtype.is_integer and y.shape.rank in (1, 2) for y in labels):
+        return False
+    values = np.concatenate([np.ravel(y) for y in labels])
+    return len(values) > 1 and bool((values == values[0]).all())
 
 
 def _with_other_labels(data: Any, strategy: tf.distribute.Strategy) -> Any:

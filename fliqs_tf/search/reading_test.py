@@ -102,3 +102,11 @@ def test_ranges_of_activations_come_from_data_before_training():
     amax, weight = np.array(quantizer.range)
     assert weight == pytest.approx(1 - 0.99**8, rel=1e-4)  # 8 batches
     assert amax == pytest.approx(np.abs(X).max(), rel=0.3)
+
+
+def test_readings_of_one_class_are_told(caplog):
+    with caplog.at_level("WARNING", logger="fliqs_tf"):
+        reader(compiled(network())).is_trained()
+        assert "of one class" not in caplog.text
+        reader(compiled(network()), np.ones_like(Y)).is_trained()
+    assert "All examples in the first 4 batches that quality is read from are of one class" in caplog.text
