@@ -69,8 +69,8 @@ class Reader:
         self._batches = itertools.chain(seen, self._batches)
         if self.strategy.num_replicas_in_sync == 1 and _is_one_class([data[1] for data in seen]):
             _LOG.warning(
-                "All examples in the first %d batches that quality is read from are of one class: what a format does to "
-                "the others is not seen. Shuffle the data set, or give quality_data of all classes.",
+                "All examples in the first %d batches that quality is read from are of one class: what a format does "
+                "to the others is not seen. Shuffle the data set, or give quality_data of all classes.",
                 len(seen),
             )
         widest = tf.constant([self.model.training_choice().tolist()] * self._samples)
