@@ -301,8 +301,8 @@ def test_files(tmp_path, suffix):
     model.save(tmp_path / f"annotated.{suffix}")
     with tfmot.quantize_scope():
         loaded = tf.keras.models.load_model(tmp_path / f"annotated.{suffix}")
-    assert walking.annotations(loaded) == walking.annotations(model)
-    assert walking.annotations(loaded)["separable"].get_config() == {
+    assert walking.annotated(loaded) == walking.annotated(model)
+    assert walking.annotated(loaded)["separable"].get_config() == {
         "formats": ["INT4", "INT8"],
         "tie": "s",
         "tensors": None,

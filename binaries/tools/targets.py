@@ -23,7 +23,7 @@ from binaries import data as datasets
 from fliqs_tf._keras import keras
 
 FLAGS = flags.FLAGS
-SHAPE, CLASSES, BATCH, EPOCHS = (8, 8, 1), 10, 64, 10
+SHAPE, CLASSES, BATCH = (8, 8, 1), 10, 64
 TARGETS = ("0.4x INT8", "0.625x INT8", "0.85x INT8")
 HEADER = f"{'network':<12} {'target':<12} {'entropy':>8} {'expected':>9} {'recipe':>7}   formats"
 

@@ -32,8 +32,7 @@ class CostTable:
     def __init__(self, cost: Cost, sites: Sequence[Site], decisions: Sequence[tuple[str, Sequence[str]]]):
         index: dict[str | None, int] = {name: i for i, (name, _) in enumerate(decisions)}
         options = [[Format(f) for f in names] for _, names in decisions]
-        self.unit, self.names = cost.unit, [name for name, _ in decisions]
-        self.per_unit = cost.per_unit
+        self.unit, self.per_unit = cost.unit, cost.per_unit
         width = max(len(formats) for formats in options)
         self.constant = 0
         # float64 holds whole numbers up to 2^53 exactly, 9 million GBOPs; float32 would lose digits.

@@ -33,7 +33,7 @@ def settle(graph: ModelGraph) -> None:
             v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs
         ):
             continue
-        linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.linear
+        linear = ones((1, 1), len(step.options["gain"])).then(**step.options) if step.kind == "affine" else step.kernel
         if linear.codes is not None:
             unit = float(activation_scales[step.inputs[0]].int8_scale) * linear.scale
             moved = np.rint(linear.bias / unit) * unit - linear.bias

@@ -10,7 +10,8 @@ Where a value goes straight into one quantized layer there is none: the layer be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from fliqs_tf._keras import keras
 from fliqs_tf.graph import copies, dataflow, layer_types, rewriting
@@ -19,7 +20,8 @@ from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers import ranges, shared_ranges
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.formats import Format
+from fliqs_tf.numerics.space import Space, SpaceLike
 from fliqs_tf.quantize import comparison
 
 _LAYERS = keras.layers
@@ -55,7 +57,7 @@ def fused_values(flow: dataflow.Dataflow) -> set[int]:
     return found
 
 
-def has_channels_last(norm, maker) -> bool:
+def has_channels_last(norm: keras.layers.BatchNormalization, maker: keras.layers.Layer) -> bool:
     """True if a batch normalization scales the output channels of the layer before it."""
     axis = norm.axis[0] if isinstance(norm.axis, (list, tuple)) else norm.axis
     maker = getattr(maker, "quantized_layer", maker)
@@ -119,12 +121,12 @@ def _computes(call: dataflow.Call) -> bool:
     return isinstance(call.layer, COMPUTING) and len(call.inputs) <= 2  # of more than two there is no kernel
 
 
-def is_integer(fmt) -> bool:
+def is_integer(fmt: Format) -> bool:
     """True for a format that integer kernels compute with: INT2 to INT8."""
     return fmt.is_integer and fmt.bits <= 8
 
 
-def _is_integer(layer, how) -> bool:
+def _is_integer(layer: keras.layers.Layer, how: Callable[[Iterable[bool]], bool]) -> bool:
     """Whether `how` (any, all) of the formats of a quantized layer are integers of 8 bits or fewer."""
     if not isinstance(layer, Quantized) or layer.activation_quantizer is None:
         return False
@@ -146,7 +148,7 @@ def with_boundary_quantizers(graph: ModelGraph) -> ModelGraph:
     """
     activations = _activations_apart(graph)
     apart = rewriting.with_added(graph, activations) if activations else graph
-    added = {
+    added: dict[rewriting.Place, list[keras.layers.Layer]] = {
         path: [ActivationQuantizer([FORMAT], name=rewriting.last_name(path) + SUFFIX)]
         for path in boundary_layers(apart.dataflow)
     }
@@ -156,7 +158,7 @@ def with_boundary_quantizers(graph: ModelGraph) -> ModelGraph:
     return copy
 
 
-def integer_formats(space) -> Space:
+def integer_formats(space: SpaceLike) -> Space:
     """The formats of a space that integer kernels have; the others are dropped.
 
     Raises:
@@ -172,8 +174,8 @@ def integer_formats(space) -> Space:
     return Space(kept)
 
 
-def _activations_apart(graph: ModelGraph) -> dict[str, list]:
-    found = {}
+def _activations_apart(graph: ModelGraph) -> dict[rewriting.Place, list[keras.layers.Layer]]:
+    found: dict[rewriting.Place, list[keras.layers.Layer]] = {}
     for path, layer in graph.of_type(Quantized):
         if activation(layer) not in ("linear", "relu", "relu6"):
             if copies.is_of_its_user(layer.layer.activation):
@@ -190,7 +192,7 @@ def _activations_apart(graph: ModelGraph) -> dict[str, list]:
 # ---- ranges
 
 
-def calibrate(graph: ModelGraph, representative: Iterable | None) -> None:
+def calibrate(graph: ModelGraph, representative: Iterable[Any] | None) -> None:
     """Gives a range to the boundary quantizers that have none, from their readers or from data.
 
     Args:
@@ -205,10 +207,12 @@ def calibrate(graph: ModelGraph, representative: Iterable | None) -> None:
             boundary.range.assign(quantizer.range)
     shared_ranges.link(graph)
     missing = list(ranges.unseen(graph))
-    if missing and representative is None:
+    if not missing:
+        return
+    if representative is None:
         raise ValueError(
             f"{len(missing)} int8 tensors have no range: {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}. "
             f"Give representative=batches of model inputs, or train with fliqs_tf.wrap(..., target='tflite')."
         )
-    if missing and not ranges.calibrate(graph, representative):
+    if not ranges.calibrate(graph, representative):
         raise ValueError("representative holds no batch.")

@@ -16,6 +16,7 @@ from fliqs_tf.graph import layer_types, walking
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from fliqs_tf.numerics import rounding
 from fliqs_tf.numerics.formats import Format
 from fliqs_tf.quantize.recipe import Recipe, add_float_inputs
@@ -73,7 +74,7 @@ def _decided(graph: ModelGraph) -> tuple[tuple[str, Quantized | Product], ...]:
     return layers
 
 
-def format_of(quantizer) -> Format:
+def format_of(quantizer: Quantizer) -> Format:
     """The format of a fixed quantizer."""
     (fmt,) = quantizer.space.formats
     return fmt
@@ -137,7 +138,7 @@ def quantized_weights(path: str, layer: Quantized) -> dict[str, QuantizedWeight]
     }
 
 
-def quantized_weight(name: str, quantizer, weight: tf.Tensor) -> QuantizedWeight:
+def quantized_weight(name: str, quantizer: WeightQuantizer, weight: tf.Tensor) -> QuantizedWeight:
     """What a fixed quantizer makes of a weight. `name` and errors as for `quantized_weights`."""
     weight = tf.cast(weight, tf.float32)
     fmt = format_of(quantizer)
@@ -168,7 +169,7 @@ def weights_of(weight: QuantizedWeight) -> np.ndarray:
     return weight.values if weight.scale is None else weight.values * weight.scale
 
 
-def input_scale(quantizer) -> np.ndarray | None:
+def input_scale(quantizer: ActivationQuantizer) -> np.ndarray | None:
     """Scale of an activation quantizer as a float32 number; None for a cast.
 
     Raises:

@@ -7,12 +7,12 @@ were trained are the codes that ship.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Container
 
 from fliqs_tf.export.steps import Step
 
 
-def without_identities(found: list[Step], outputs: Collection[int]) -> list[Step]:
+def without_identities(found: list[Step], outputs: Container[int]) -> list[Step]:
     """Drops steps that give what they read, but for those that make an output."""
     same: dict[int, int] = {}
     kept = []
@@ -26,7 +26,7 @@ def without_identities(found: list[Step], outputs: Collection[int]) -> list[Step
     return kept
 
 
-def merged(found: list[Step], outputs: Collection[int]) -> list[Step]:
+def merged(found: list[Step], outputs: Container[int]) -> list[Step]:
     """Batch normalization goes into the linear step before it; ReLU into the linear, affine or adding step."""
     counts: dict[int, int] = {}
     for step in found:
@@ -36,11 +36,11 @@ def merged(found: list[Step], outputs: Collection[int]) -> list[Step]:
     kept = []
     for step in found:
         before = made_by.get(step.inputs[0])
-        alone = before is not None and counts[step.inputs[0]] == 1 and step.inputs[0] not in outputs
-        if alone and before.activation == "linear" and _takes(before, step):
+        alone = counts[step.inputs[0]] == 1 and step.inputs[0] not in outputs
+        if before is not None and alone and before.activation == "linear" and _takes(before, step):
             if step.kind == "affine":
                 if before.kind == "linear":
-                    before.linear = before.linear.then(step.options["gain"], step.options["offset"])
+                    before.linear = before.kernel.then(step.options["gain"], step.options["offset"])
                     before.shift = step.shift
                 else:
                     gain, offset = before.options["gain"], before.options["offset"]

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from fliqs_tf._keras import keras
 from fliqs_tf.export import folding, lowering_kernels, lowering_layers
+from fliqs_tf.export.lowering_layers import Shape
 from fliqs_tf.export.steps import IntegerNetwork, Step
 from fliqs_tf.graph import dataflow, layer_types, walking
 from fliqs_tf.graph.model_graph import ModelGraph
@@ -52,7 +52,7 @@ def check_layers(graph: ModelGraph) -> None:
             _read(call, inputs, output, iter(range(10**9)))
 
 
-def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple], tuple]]:
+def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[Shape], Shape]]:
     """(call, shapes of its inputs, shape of its output), of one example; raises for a layer without a counterpart."""
     shapes = {value: shape for value, _, shape, _ in flow.inputs}
     for call in flow.calls:
@@ -61,7 +61,7 @@ def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple
         yield call, inputs, shapes[call.output]
 
 
-def _output_shape(call: dataflow.Call, inputs: list[tuple]) -> tuple:
+def _output_shape(call: dataflow.Call, inputs: list[Shape]) -> Shape:
     if reason := why_not(call.path, call.layer):  # a composite layer, for one, does not say what shape it gives
         raise ValueError(reason)
     if len(inputs) > 1 or isinstance(call.layer, (_LAYERS.Add, _LAYERS.Multiply, _LAYERS.Concatenate)):
@@ -73,7 +73,7 @@ def _output_shape(call: dataflow.Call, inputs: list[tuple]) -> tuple:
     return tuple(shape)[1:]
 
 
-def why_not(path: str, layer: Any) -> str:
+def why_not(path: str, layer: keras.layers.Layer) -> str:
     """Why a layer has no counterpart in the file, whatever its formats and shapes; "" if it may have one."""
     inner = walking.unwrapped(layer)
     kernels = layer_types.kernels(inner)
@@ -88,7 +88,7 @@ def why_not(path: str, layer: Any) -> str:
     return ""
 
 
-def _read(call: dataflow.Call, inputs: list[tuple], output: tuple, fresh: Iterator[int]) -> list[Step]:
+def _read(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Iterator[int]) -> list[Step]:
     """The steps of one call."""
     layer, base = call.layer, (call.path, call.inputs, call.output, (*inputs, output))
     if isinstance(layer, Quantized):
@@ -105,7 +105,7 @@ def _read(call: dataflow.Call, inputs: list[tuple], output: tuple, fresh: Iterat
 
 
 def _merging_steps(
-    call: dataflow.Call, kind: str, inputs: list[tuple], output: tuple, fresh: Iterator[int]
+    call: dataflow.Call, kind: str, inputs: list[Shape], output: Shape, fresh: Iterator[int]
 ) -> list[Step]:
     """An operation on several values; those of lower rank first get axes behind that of examples, as in Keras."""
     rank = max(len(shape) for shape in inputs)

@@ -265,6 +265,12 @@ def test_layers_are_checked_before_any_training(layer, message):
         lowering.check_layers(ModelGraph(network(layer())))
 
 
+def test_a_rescaling_needs_to_know_its_channels():
+    x = L.Input((4, None))
+    with pytest.raises(ValueError, match="Layer 'odd' of class Rescaling .*: its number of channels is open"):
+        lowering.check_layers(ModelGraph(keras.Model(x, L.Rescaling(2.0, name="odd")(x))))
+
+
 def test_and_layers_of_several_inputs():
     x = L.Input((4, 2))
     joined, attended = L.Concatenate(axis=0, name="odd")([x, x]), L.MultiHeadAttention(1, 2, name="odd")(x, x)

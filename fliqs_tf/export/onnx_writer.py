@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 
 from fliqs_tf._keras import keras
 from fliqs_tf.export import deployed
-from fliqs_tf.export.onnx_formats import quantized_input
+from fliqs_tf.export.onnx_formats import Weight, quantized_input
 from fliqs_tf.export.onnx_graph import OnnxBuilder, Value, import_onnx
 from fliqs_tf.export.onnx_layers import CONVERTERS, FUNCTIONS, activation
 from fliqs_tf.graph import dataflow, layer_types, walking
@@ -25,7 +26,7 @@ from fliqs_tf.layers.quantizers import ActivationQuantizer
 _LAYERS = keras.layers
 
 
-def onnx(final, path: str | os.PathLike) -> None:
+def onnx(final: keras.Model, path: str | os.PathLike) -> None:
     """Writes a deployed model as an ONNX file.
 
     Args:
@@ -45,13 +46,13 @@ def onnx(final, path: str | os.PathLike) -> None:
         temporary.write_bytes(model.SerializeToString())
 
 
-def takes(layer) -> bool:
+def takes(layer: keras.layers.Layer) -> bool:
     """True if layers of this class have an ONNX form here."""
     inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
     return isinstance(inner, (ActivationQuantizer, _LAYERS.InputLayer)) or type(inner) in CONVERTERS
 
 
-def _model(graph: ModelGraph):
+def _model(graph: ModelGraph) -> Any:
     helper, proto = import_onnx().helper, import_onnx().TensorProto
     final, network = graph.model, graph.dataflow
     builder = OnnxBuilder()
@@ -102,13 +103,16 @@ def _converted(builder: OnnxBuilder, call: dataflow.Call, inputs: list[Value]) -
         raise ValueError(f"Layer {call.path!r} has channels first; give a model with channels last.")
     if not layer_types.kernels(inner):
         return convert(builder, inner, *inputs)
-    weights = {k.attribute: np.asarray(getattr(inner, k.attribute), np.float32) for k in layer_types.kernels(inner)}
+    weights: dict[str, Weight] = {}
     (x,) = inputs
     middle = None
     if isinstance(layer, Quantized):
-        weights = deployed.quantized_weights(call.path, layer)
+        weights.update(deployed.quantized_weights(call.path, layer))
         if layer.activation_quantizer is not None:
             x = quantized_input(builder, x, layer.activation_quantizer)
         middle = layer.middle_quantizer
+    else:
+        for kernel in layer_types.kernels(inner):
+            weights[kernel.attribute] = np.asarray(getattr(inner, kernel.attribute), np.float32)
     result = convert(builder, inner, x, weights, middle)
     return activation(builder, inner.activation, result)

@@ -27,7 +27,10 @@ import json
 import math
 import os
 import pathlib
+import types
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -38,6 +41,7 @@ from fliqs_tf.graph import layer_types
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import files, loading
 from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.layers.quantizers import ActivationQuantizer
 from fliqs_tf.numerics import encoding
 from fliqs_tf.numerics.formats import Format
 
@@ -63,7 +67,7 @@ _DTYPES = {
 }
 
 
-def packed(final, path: str | os.PathLike) -> None:
+def packed(final: keras.Model, path: str | os.PathLike) -> None:
     """Writes a deployed model as one safetensors file: weights as codes at their true width, scales, recipe, network.
 
     The file is read again before it takes its place: what `load_packed` restores computes with the same weights.
@@ -113,7 +117,7 @@ def packed(final, path: str | os.PathLike) -> None:
         temporary.write_bytes(data)
 
 
-def load_packed(path: str | os.PathLike, *, custom_objects=None) -> keras.Model:
+def load_packed(path: str | os.PathLike, *, custom_objects: dict[str, Any] | None = None) -> keras.Model:
     """Restores the deployed model that `packed` wrote: the same outputs, to the bit.
 
     Its weights are code * scale, which its layers quantize to the same codes and scales again.
@@ -139,7 +143,7 @@ def load_packed(path: str | os.PathLike, *, custom_objects=None) -> keras.Model:
         raise ValueError(f"{path} is not a model that can be loaded: {error}") from None
 
 
-def _safetensors():
+def _safetensors() -> types.ModuleType:
     try:
         import safetensors.numpy
 
@@ -151,10 +155,11 @@ def _safetensors():
 # ---- what is in a model
 
 
-def _plain_variables(graph: ModelGraph) -> dict:
+def _plain_variables(graph: ModelGraph) -> dict[str, tf.Variable]:
     """{name: variable} of everything that is stored as it is: all but quantized weights and what quantizers hold."""
-    model, found = graph.model, {}
-    seen = set()
+    model = graph.model
+    found: dict[str, tf.Variable] = {}
+    seen: set[int] = set()
     for _, layer in graph.of_type(Quantized):
         seen |= {id(v) for v in _kernels("", layer).values()}
         seen |= {id(v) for q in (*layer.weight_quantizers, *layer.activation_quantizers) for v in q.weights}
@@ -175,7 +180,7 @@ def _plain_variables(graph: ModelGraph) -> dict:
     return found
 
 
-def _kernels(path: str, layer: Quantized) -> dict:
+def _kernels(path: str, layer: Quantized) -> dict[str, tf.Variable]:
     """{name: variable} of the weights that a layer quantizes."""
     inner = layer.quantized_layer
     return {
@@ -183,12 +188,12 @@ def _kernels(path: str, layer: Quantized) -> dict:
     }
 
 
-def _inputs(path: str, layer: Quantized) -> dict:
+def _inputs(path: str, layer: Quantized) -> dict[str, ActivationQuantizer]:
     """{name: activation quantizer} of a quantized layer."""
     return {f"{path}/{name}": q for name, q in zip(("input", "middle"), layer.activation_quantizers)}
 
 
-def _network_text(model) -> str:
+def _network_text(model: keras.Model) -> str:
     config = keras.saving.serialize_keras_object(model)
     config.pop("compile_config", None)
     try:
@@ -204,7 +209,7 @@ def _stored(values: np.ndarray, fmt: Format) -> np.ndarray:
     return encoding.pack(encoding.encode(values, fmt), fmt.bits)
 
 
-def _digest(header: dict, tensors: dict[str, tuple]) -> str:
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, tuple[Any, bytes]]) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -217,7 +222,7 @@ def _digest(header: dict, tensors: dict[str, tuple]) -> str:
 # ---- reading
 
 
-def _read(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
+def _read(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(header, tensors) of a file whose digest is right."""
     safetensors = _safetensors()
     try:
@@ -236,7 +241,7 @@ def _read(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     return header, {n: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in loaded}
 
 
-def _restore(data: bytes, custom_objects) -> ModelGraph:
+def _restore(data: bytes, custom_objects: dict[str, Any] | None) -> ModelGraph:
     header, tensors = _read(data)
     try:
         return _restored(header, tensors, custom_objects or {})
@@ -245,7 +250,7 @@ def _restore(data: bytes, custom_objects) -> ModelGraph:
         raise ValueError(f"its header is not what this layout has ({error!r}).") from None
 
 
-def _restored(header: dict, tensors: dict[str, np.ndarray], custom_objects: dict) -> ModelGraph:
+def _restored(header: dict[str, Any], tensors: dict[str, np.ndarray], custom_objects: dict[str, Any]) -> ModelGraph:
     written = header["versions"]["keras"]
     if written.startswith("tf_keras") == IS_KERAS_3:
         switch = "set TF_USE_LEGACY_KERAS=1" if IS_KERAS_3 else "unset TF_USE_LEGACY_KERAS"
@@ -275,7 +280,7 @@ def _restored(header: dict, tensors: dict[str, np.ndarray], custom_objects: dict
     return graph
 
 
-def _unpacked(about: dict, stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+def _unpacked(about: Mapping[str, Any], stored: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
     fmt, shape = Format(about["format"]), about["shape"]
     if fmt.name in _NATIVE:
         values = stored.astype(np.float32)
@@ -284,7 +289,7 @@ def _unpacked(about: dict, stored: np.ndarray, scale: np.ndarray | None) -> np.n
     return deployed.weights_of(deployed.QuantizedWeight(fmt, values, scale))
 
 
-def _rebuilt(network: str, custom_objects: dict) -> keras.Model:
+def _rebuilt(network: str, custom_objects: dict[str, Any]) -> keras.Model:
     try:
         reader = zlib.decompressobj()
         text = reader.decompress(base64.b64decode(network, validate=True), _MOST_CONFIG_BYTES)

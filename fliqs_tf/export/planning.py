@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterator
 
 from fliqs_tf import costs
 from fliqs_tf._keras import keras
@@ -60,7 +61,7 @@ class SupportTable:
         return "\n".join([lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:]])
 
 
-def plan(recipe_or_model, target: str | os.PathLike | Profile) -> SupportTable:
+def plan(recipe_or_model: Recipe | keras.layers.Layer, target: str | os.PathLike | Profile) -> SupportTable:
     """What a target will do with every layer: native, emulated and how, or cannot and why.
 
     Args:
@@ -75,27 +76,27 @@ def plan(recipe_or_model, target: str | os.PathLike | Profile) -> SupportTable:
       TypeError: Neither a recipe nor a model.
       ValueError: Unknown target.
     """
-    of_file = isinstance(target, str) and target in TARGETS
+    file = target if isinstance(target, str) and target in TARGETS else ""
     try:
-        profile = None if of_file else Profile.load(target)
+        profile = None if file else Profile.load(target)
     except ValueError as error:
         raise ValueError(f"Targets are {', '.join(TARGETS)} and hardware profiles. {error}") from None
 
     def run(weights: str, inputs: str, kind: str = "") -> Run:
         if profile is None:
-            return targets.runs(weights, inputs, target, kind or None)
+            return targets.runs(weights, inputs, file, kind or None)
         reason = profile.why_not(weights, inputs)
         return Run(CANNOT, reason) if reason else Run(NATIVE)
 
-    name = profile.name if profile is not None else target
+    name = file if profile is None else profile.name
     if isinstance(recipe_or_model, Recipe):
         return SupportTable(name, tuple(_rows_of_recipe(recipe_or_model, run)))
     if not isinstance(recipe_or_model, keras.layers.Layer):
         raise TypeError(f"A plan is made for a recipe or a tf.keras model, got {type(recipe_or_model).__name__}.")
-    return SupportTable(name, tuple(_rows_of_model(_graph_of(recipe_or_model), run, target if of_file else None)))
+    return SupportTable(name, tuple(_rows_of_model(_graph_of(recipe_or_model), run, file)))
 
 
-def _rows_of_recipe(recipe: Recipe, run):
+def _rows_of_recipe(recipe: Recipe, run: Callable[..., Run]) -> Iterator[Row]:
     for path, decisions in recipe.of_layers().items():
         weights, inputs = (
             recipe.formats[decisions[tensor]] if tensor in decisions else costs.FLOAT.name
@@ -112,7 +113,7 @@ def _graph_of(model: keras.layers.Layer) -> ModelGraph:
     return graph if isinstance(graph, ModelGraph) else ModelGraph(model)
 
 
-def _rows_of_model(graph: ModelGraph, run, target: str | None):
+def _rows_of_model(graph: ModelGraph, run: Callable[..., Run], target: str) -> Iterator[Row]:
     for path, layer in graph.layers:
         inner = walking.unwrapped(layer)
         kind = type(inner).__name__
@@ -125,7 +126,7 @@ def _rows_of_model(graph: ModelGraph, run, target: str | None):
             yield Row(path, kind, weights, inputs, Run(CANNOT, reason) if reason else run(weights, inputs, kind))
 
 
-def _choices(layer) -> list[tuple[str, str]]:
+def _choices(layer: keras.layers.Layer) -> list[tuple[str, str]]:
     """Pairs of formats that a layer has or may come to have."""
     if not isinstance(layer, Quantized):
         return [(costs.FLOAT.name, costs.FLOAT.name)]
@@ -138,7 +139,7 @@ def _choices(layer) -> list[tuple[str, str]]:
     return [(w, a) for w in weights for a in inputs]
 
 
-def _why_no_file(path: str, layer, target: str | None) -> str:
+def _why_no_file(path: str, layer: keras.layers.Layer, target: str) -> str:
     """Why a file target has no form for a layer, whatever its formats; "" if it has."""
     if target == "onnx" and not onnx_writer.takes(layer):
         return f"no ONNX form for {type(walking.unwrapped(layer)).__name__}; fliqs_tf.export.packed takes any layer"

@@ -40,6 +40,17 @@ class Step:
     shift: Any = None
     last: tuple[str, int] | None = None
 
+    @property
+    def kernel(self) -> Linear:
+        """`linear`, where there must be one.
+
+        Raises:
+          ValueError: The step is no "linear" one.
+        """
+        if self.linear is None:
+            raise ValueError(f"The step {self.kind!r} of layer {self.path!r} has no weights.")
+        return self.linear
+
 
 @dataclasses.dataclass(frozen=True)
 class ActivationScale:
@@ -106,8 +117,8 @@ class Linear:
             raise ValueError(f"Weights in {self.format} have no integer codes.")
         return self.codes
 
-    def then(self, gain: np.ndarray, offset: np.ndarray) -> Linear:
-        """This kernel followed by gain * y + offset, per channel: float64 [channels] each."""
+    def then(self, gain: np.ndarray, offset: np.ndarray | float) -> Linear:
+        """This kernel followed by gain * y + offset, per channel: float64 [channels]."""
         return dataclasses.replace(
             self,
             codes=None if self.codes is None else np.where(gain < 0, -self.codes, self.codes) * (gain != 0),

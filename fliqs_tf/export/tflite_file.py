@@ -65,7 +65,7 @@ class QuantizationParameters:
       axis: The axis of the channels, if there are several scales.
     """
 
-    scale: float | np.ndarray
+    scale: float | np.floating | np.ndarray
     zero_point: int = 0
     axis: int = 0
 

@@ -18,7 +18,7 @@ def write(tensors: Tensors, step: Step, output: int) -> None:
 
 
 def _linear(tensors: Tensors, step: Step, output: int) -> None:
-    file, linear, name = tensors.file, step.linear, f"{step.path}/weights"
+    file, linear, name = tensors.file, step.kernel, f"{step.path}/weights"
     if linear.codes is None:
         weights = file.constant(name, tflite_kernels.arranged(linear.operation, linear.values), np.float32)
     else:

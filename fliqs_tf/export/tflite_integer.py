@@ -6,6 +6,7 @@ Weights of 4 bits or fewer are int4 where there are kernels (CONV_2D, FULLY_CONN
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from fliqs_tf.export.tflite_file import QuantizationParameters, TfliteFile
 from fliqs_tf.export.tflite_tensors import Codes
 from fliqs_tf.layers import requantize
 
-Rounding = tuple[type, dict]
+Rounding: TypeAlias = tuple[type, dict]
 
 
 def takes(step: Step) -> bool:
     """True if the step's weights, window and number of inputs have an integer kernel."""
     if step.kind == "linear":
-        return step.linear.codes is not None
+        return step.kernel.codes is not None
     if step.kind == "average_pool":
         return step.options["padding"] == "valid"
     if step.kind in ("affine", "mean"):
@@ -47,7 +48,7 @@ def write(file: TfliteFile, step: Step, sources: list[Codes], target: Codes, int
         return _mean(file, step, sources[0], target)
     if step.kind != "linear":
         step = _as_linear(step)
-    return _linear(file, step, step.linear, sources[0], target, int4)
+    return _linear(file, step, step.kernel, sources[0], target, int4)
 
 
 def _as_linear(step: Step) -> Step:
@@ -64,8 +65,8 @@ def _as_linear(step: Step) -> Step:
 
 
 def _linear(file: TfliteFile, step: Step, linear: Linear, source: Codes, target: Codes, int4: bool) -> Rounding:
-    source_scale, target_scale = source.parameters.scale, target.parameters.scale
-    scale, codes, bias = tflite_kernels.with_int32_biases(step.path, linear, float(source_scale), float(target_scale))
+    source_scale, target_scale = float(source.parameters.scale), float(target.parameters.scale)
+    scale, codes, bias = tflite_kernels.with_int32_biases(step.path, linear, source_scale, target_scale)
     is_narrow = int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
     weights = file.constant(
         f"{step.path}/weights",
@@ -90,7 +91,7 @@ def _mean(file: TfliteFile, step: Step, source: Codes, target: Codes) -> Roundin
     file.operation("MEAN", [source.tensor, axes], [target.tensor], keepDims=step.options["keepdims"])
     height, width, _ = step.shapes[0]
     share = np.full(1, 1 / (height * width))
-    return requantize.single_rounding(source.parameters.scale, share, target.parameters.scale)
+    return requantize.single_rounding(float(source.parameters.scale), share, float(target.parameters.scale))
 
 
 def _binary(file: TfliteFile, step: Step, sources: list[Codes], target: Codes) -> Rounding | None:
@@ -101,4 +102,4 @@ def _binary(file: TfliteFile, step: Step, sources: list[Codes], target: Codes) -
     if step.kind == "add":
         return None
     weights = np.full(1, right.parameters.scale)
-    return requantize.single_rounding(left.parameters.scale, weights, target.parameters.scale)
+    return requantize.single_rounding(float(left.parameters.scale), weights, float(target.parameters.scale))

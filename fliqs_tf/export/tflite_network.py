@@ -111,8 +111,8 @@ def _compute(
     tensors: Tensors, step: Step, target: ActivationScale | None, int4: bool
 ) -> tflite_integer.Rounding | None:
     """An operation that computes: with an integer kernel from codes to codes, or else in float."""
-    given = [tensors.given(value) for value in step.inputs]
-    if target is None or None in given or not tflite_integer.takes(step):
+    given = [scale for value in step.inputs if (scale := tensors.given(value)) is not None]
+    if target is None or len(given) < len(step.inputs) or not tflite_integer.takes(step):
         tflite_float.write(tensors, step, tensors.new_float(step.output, step.path))
         return None
     first, *following = tflite_codes.stages(target, step.activation)

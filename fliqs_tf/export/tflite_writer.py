@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import tensorflow as tf
+
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.export import biases, boundaries, lowering, tflite_network
 from fliqs_tf.graph import rewriting
@@ -21,7 +23,11 @@ _BATCH = 32  # examples of arrays that are computed at a time
 
 
 def tflite(
-    final: keras.Model, path: str | os.PathLike, representative: Iterable[Any] | None = None, *, int4: bool = True
+    final: keras.Model,
+    path: str | os.PathLike,
+    representative: tf.data.Dataset | Iterable[Any] | None = None,
+    *,
+    int4: bool = True,
 ) -> keras.Model:
     """Writes a deployed model to a `.tflite` file.
 
@@ -54,7 +60,7 @@ def tflite(
     lowering.check_layers(graph)  # before it is copied: some layers that have no form have no copy either
     graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, graph.model, "representative")
-    boundaries.calibrate(graph, examples and (batch.x for batch in examples.in_order(_BATCH)))
+    boundaries.calibrate(graph, None if examples is None else (batch.x for batch in examples.in_order(_BATCH)))
     biases.settle(graph)
     network = tflite_network.build(lowering.steps(graph), int4)
     content = network.to_bytes(f"{final.name}, written by fliqs_tf")

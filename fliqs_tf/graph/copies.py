@@ -6,6 +6,8 @@ import contextlib
 import functools
 import inspect
 import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +20,7 @@ _COMPILED = type(tf.function(lambda: None))
 _SERIALIZED = (str, dict, list, tuple)
 
 
-def of_layer(layer):
+def of_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     """A new layer of the class and config of a layer, or of what is inside if it is quantized.
 
     Functions that the layer was given are the same objects in the copy: a config holds their names alone, and Keras
@@ -48,15 +50,15 @@ def of_layer(layer):
     return copy
 
 
-def scope(model) -> contextlib.AbstractContextManager:
+def scope(model: keras.layers.Layer) -> contextlib.AbstractContextManager:
     """Within it Keras finds the classes and functions of its user that are in a model, registered or not."""
     layers = _all_in(walking.unwrapped(model))
-    found = {type(layer).__name__: type(layer) for layer in layers}
+    found: dict[str, type | Callable] = {type(layer).__name__: type(layer) for layer in layers}
     found |= {_name(function): function for layer in layers for function in _functions(layer).values()}
     return keras.utils.custom_object_scope({name: thing for name, thing in found.items() if not _is_of_keras(thing)})
 
 
-def keep_functions(layer, copy) -> None:
+def keep_functions(layer: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """Gives a copy the functions of its user that a layer computes with, where its config made others of them."""
     for old, new in _own_pairs(layer, copy):
         others = _functions(new)
@@ -65,7 +67,7 @@ def keep_functions(layer, copy) -> None:
                 setattr(new, name, function)
 
 
-def keep_weights(layer, copy) -> None:
+def keep_weights(layer: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """Assigns a copy the weights of a layer, but not those of its parts.
 
     Raises:
@@ -85,7 +87,7 @@ def keep_weights(layer, copy) -> None:
         copy.finalize_state()  # it computes with what it derives from its weights
 
 
-def keep_trainable(layer, copy) -> None:
+def keep_trainable(layer: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """Freezes in a copy what is frozen in a layer, and no more: what is unfrozen later is the same in both, too.
 
     The parts of a layer and of a network have to be given one by one.
@@ -100,24 +102,26 @@ def keep_trainable(layer, copy) -> None:
             new.trainable = old.trainable
 
 
-def function_name(function) -> str:
+def function_name(function: Callable | None) -> str:
     """Name of an activation function: that of Keras' own only if it is Keras' own (or TensorFlow's)."""
     if function is None:
         return "linear"
     return f"{_name(function)}_of_its_user" if _is_mistakable(function) else _name(function)
 
 
-def is_of_its_user(function) -> bool:
+def is_of_its_user(function: object) -> bool:
     """True for a function that is neither Keras' own nor TensorFlow's."""
     return _is_function(function) and not _is_of_keras(function)
 
 
-def mistakable_functions(layer) -> dict[str, str]:
+def mistakable_functions(layer: keras.layers.Layer) -> dict[str, str]:
     """{attribute: name} of the functions of a layer in whose place a file would have Keras' own of that name."""
     return {name: _name(function) for name, function in _functions(layer).items() if _is_mistakable(function)}
 
 
-def give_functions(layer, functions: dict[str, str], custom_objects: dict | None) -> None:
+def give_functions(
+    layer: keras.layers.Layer, functions: Mapping[str, str], custom_objects: dict[str, Any] | None
+) -> None:
     """Gives a layer from a file the functions that the file names.
 
     Args:
@@ -138,7 +142,7 @@ def give_functions(layer, functions: dict[str, str], custom_objects: dict | None
         setattr(layer, attribute, function)
 
 
-def _of_lambda(layer):
+def _of_lambda(layer: keras.layers.Lambda) -> keras.layers.Lambda:
     made = type(layer)(
         layer.function,
         output_shape=layer._output_shape,
@@ -151,7 +155,7 @@ def _of_lambda(layer):
     return made
 
 
-def _with_functions(config: dict, layer) -> dict:
+def _with_functions(config: Mapping[str, Any], layer: keras.layers.Layer) -> dict[str, Any]:
     """A config with the functions of a layer, and of layers in its config, in place of what names them."""
     found = dict(config)
     for key, value in config.items():
@@ -163,67 +167,69 @@ def _with_functions(config: dict, layer) -> dict:
     return found
 
 
-def _is_method(layer, name: str) -> bool:
+def _is_method(layer: keras.layers.Layer, name: str) -> bool:
     static = inspect.getattr_static(type(layer), name, None)
     return static is not None and not isinstance(static, property)
 
 
-def _is_function(value) -> bool:
+def _is_function(value: object) -> bool:
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, functools.partial, _COMPILED))
 
 
-def _functions(layer) -> dict:
+def _functions(layer: keras.layers.Layer) -> dict[str, Callable]:
     """{attribute: function} of those that a layer holds, but not of its parts. Objects made of functions (partial,
     tf.function) are not among them: what a layer makes for itself is bound to its own weights."""
     plain = (types.FunctionType, types.BuiltinFunctionType)
     return {name: value for name, value in attributes(layer).items() if isinstance(value, plain)}
 
 
-def _name(function) -> str:
+def _name(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _is_of_keras(thing) -> bool:
+def _is_of_keras(thing: Any) -> bool:
     module = getattr(inspect.unwrap(thing), "__module__", None) or ""
     return module.split(".")[0] in ("keras", "tf_keras", "keras_hub", "tensorflow")
 
 
-def _is_mistakable(function) -> bool:
+def _is_mistakable(function: Callable) -> bool:
     return not _is_of_keras(function) and hasattr(keras.activations, _name(function))
 
 
-def _is_same(function, other) -> bool:
+def _is_same(function: Callable, other: Callable) -> bool:
     """True for one function, and for one that is made anew, from the same code, for each layer."""
     codes = [getattr(inspect.unwrap(f), "__code__", f) for f in (function, other)]
     return function is other or codes[0] is codes[1]
 
 
-def _all_in(layer) -> list:
+def _all_in(layer: Any) -> list[Any]:
     """A layer and all that it holds; an operation in a graph of Keras 3 holds nothing."""
     return list(layer._flatten_layers()) if isinstance(layer, _LAYERS.Layer) else [layer]
 
 
-def _pairs(layer, copy) -> list[tuple]:
+def _pairs(layer: keras.layers.Layer, copy: keras.layers.Layer) -> list[tuple[keras.layers.Layer, keras.layers.Layer]]:
     """(layer, copy) of a layer and of all that is in it, if both are made of the same classes."""
     old, new = _all_in(layer), _all_in(copy)
     same = [type(each) for each in old] == [type(each) for each in new]
     return list(zip(old, new)) if same else [(layer, copy)]
 
 
-def _own_pairs(layer, copy) -> list[tuple]:
+def _own_pairs(
+    layer: keras.layers.Layer, copy: keras.layers.Layer
+) -> list[tuple[keras.layers.Layer, keras.layers.Layer]]:
     """(layer, copy) of a layer and of what is in it, without those that `ModelGraph.layers` has, too."""
     return [(layer, copy)] if walking.children(layer) else _pairs(layer, copy)
 
 
-def _quantizers(layer) -> list:
+def _quantizers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return [q for name in ("weight_quantizers", "activation_quantizers") for q in getattr(layer, name, ())]
 
 
-def _set_trainable(layer, value: bool) -> None:
+def _set_trainable(layer: keras.layers.Layer, value: bool) -> None:
     layer._trainable = value  # the setter would set that of the layers inside, too
 
 
-def _keep_learned(layer, copy) -> None:
+def _keep_learned(layer: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """What `adapt` learned, before the copy is called: what a layer gives out may depend on it in size."""
     if isinstance(layer, _LAYERS.Discretization):
         if not np.array_equal(layer.bin_boundaries, copy.bin_boundaries):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -68,7 +68,7 @@ class Dataflow:
         return found
 
 
-def is_reference(item, names) -> bool:
+def is_reference(item: object, names: Container[str]) -> bool:
     """True for what both Kerases write for a value: [layer name, call, output, ...]."""
     return (
         isinstance(item, (list, tuple))
@@ -92,19 +92,25 @@ def read(model: keras.Model) -> Dataflow:
         for value, tensor in zip(values, tf.nest.flatten(model.inputs))
     )
     calls: list[Call] = []
-    outputs = _open(model, values, "", counter, calls)
+    # A value that no call gives is one of several of a layer, which no exporter takes: it has a number for itself.
+    outputs = [next(counter) if value is None else value for value in _open(model, values, "", counter, calls)]
     names = getattr(model, "output_names", None) or [f"output_{i}" for i in range(len(outputs))]
     return Dataflow(inputs, tuple(calls), tuple(outputs), tuple(names))
 
 
-def _open(model, values: list[int], prefix: str, counter: Iterator[int], calls: list[Call]) -> list[int]:
-    """Appends the calls of `model` on `values`; gives the values of its outputs."""
+def _open(
+    model: keras.Model, values: list[int], prefix: str, counter: Iterator[int], calls: list[Call]
+) -> list[int | None]:
+    """Appends the calls of `model` on `values`; returns the values of its outputs, None for one that no call gives."""
     if not _has_graph(model):
-        (value,) = values
+        given: list[int | None] = [*values]
         for layer in model.layers:
             if not isinstance(layer, keras.layers.InputLayer):
-                (value,) = _called(layer, [value], (), 0, prefix, counter, calls)
-        return [value]
+                (value,) = given
+                if value is None:
+                    raise _reads_nothing(prefix + layer.name)
+                given = _called(layer, [value], (), 0, prefix, counter, calls)
+        return given
     config = model.get_config()
     layers = {layer.name: layer for layer in getattr(model, "operations", None) or model.layers}
     known = dict(zip([name for name, _, _ in references(config["input_layers"], layers)], values))
@@ -114,9 +120,9 @@ def _open(model, values: list[int], prefix: str, counter: Iterator[int], calls: 
     for name, index, _ in references([nodes, config["output_layers"]], layers):
         first[name] = min(first.get(name, index), index)
 
-    def value_of(reference):
+    def key_of(reference: list) -> tuple[str, int, int]:
         name, index, i = reference
-        return found.get((name, index - first[name], i))
+        return name, index - first[name], i
 
     pending = [
         (entry["name"], index, node)
@@ -127,21 +133,32 @@ def _open(model, values: list[int], prefix: str, counter: Iterator[int], calls: 
     while pending:
         waiting = []
         for name, index, node in pending:
-            wanted = references(node, layers)
-            if any(value_of(r) is None for r in wanted):
+            wanted = [key_of(r) for r in references(node, layers)]
+            if not found.keys() >= set(wanted):
                 waiting.append((name, index, node))
                 continue
-            read_values = [value_of(r) for r in wanted]
-            constants = _constants(node, layers)
+            read_values, constants = [found[key] for key in wanted], _constants(node, layers)
             results = _called(layers[name], read_values, constants, index, prefix, counter, calls)
-            found.update({(name, index, i): value for i, value in enumerate(results)})
+            found.update({(name, index, i): value for i, value in enumerate(results) if value is not None})
         if len(waiting) == len(pending):
-            raise ValueError(f"Layer {prefix}{waiting[0][0]!r} reads a value that no layer of the network gives.")
+            raise _reads_nothing(prefix + waiting[0][0])
         pending = waiting
-    return [value_of(r) for r in references(config["output_layers"], layers)]
+    return [found.get(key_of(r)) for r in references(config["output_layers"], layers)]
 
 
-def _called(layer, values, constants, index, prefix, counter, calls) -> list[int]:
+def _reads_nothing(path: str) -> ValueError:
+    return ValueError(f"Layer {path!r} reads a value that no layer of the network gives.")
+
+
+def _called(
+    layer: Any,
+    values: list[int],
+    constants: tuple,
+    index: int,
+    prefix: str,
+    counter: Iterator[int],
+    calls: list[Call],
+) -> list[int | None]:
     if walking.is_network(layer):
         return _open(layer, values, f"{prefix}{layer.name}/", counter, calls)
     call = Call(f"{prefix}{layer.name}", layer, tuple(values), next(counter), constants, index)
@@ -149,11 +166,11 @@ def _called(layer, values, constants, index, prefix, counter, calls) -> list[int
     return [call.output]
 
 
-def _has_graph(model) -> bool:
+def _has_graph(model: keras.Model) -> bool:
     return "input_layers" in model.get_config()
 
 
-def references(config, names) -> list[list]:
+def references(config: Any, names: Container[str]) -> list[list]:
     """Every value that a piece of configuration refers to, in its order."""
     if is_reference(config, names):
         # The fourth entry of tf_keras holds what else the call was given, values too.
@@ -165,7 +182,7 @@ def references(config, names) -> list[list]:
     return []
 
 
-def _constants(node, names) -> tuple:
+def _constants(node: Any, names: Container[str]) -> tuple:
     """Numbers among the arguments of a call."""
     if is_reference(node, names):
         return tuple(c for item in node[3:] for c in _constants(item, names))

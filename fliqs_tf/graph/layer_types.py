@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from fliqs_tf._keras import keras
 
@@ -28,7 +29,8 @@ def kernels(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
 
     Subclasses of the known classes do not count as known: their `call` may do anything.
     """
-    return _KERNELS.get(type(layer), lambda layer: ())(layer)
+    found = _KERNELS.get(type(layer))
+    return () if found is None else found(layer)
 
 
 def table(layer: keras.layers.Layer) -> tuple[Kernel, ...]:
@@ -64,7 +66,7 @@ def _einsum_channel_axes(layer: keras.layers.EinsumDense) -> tuple[int, ...]:
     return tuple(i for i, label in enumerate(kernel) if label in output)
 
 
-_KERNELS = {
+_KERNELS: dict[type, Callable[[keras.layers.Layer], tuple[Kernel, ...]]] = {
     _LAYERS.Dense: lambda layer: (Kernel("kernel", (-1,)),),
     _LAYERS.EinsumDense: lambda layer: (Kernel("kernel", _einsum_channel_axes(layer)),),
     _LAYERS.Conv1D: lambda layer: (Kernel("kernel", (-1,)),),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph import copies, dataflow, walking
 from fliqs_tf.graph.model_graph import ModelGraph
 
 _LAYERS = keras.layers
+Place: TypeAlias = str | tuple[str, int]
+"""Path of a layer: behind each of its calls; with the index of a call: behind that one."""
 
 
 def last_name(path: str) -> str:
@@ -16,9 +21,9 @@ def last_name(path: str) -> str:
 
 def with_added(
     graph: ModelGraph,
-    added: dict,
-    removed: set[str] = frozenset(),
-    kinds: tuple[type, type] = (keras.Model, keras.Sequential),
+    added: Mapping[Place, Sequence[keras.layers.Layer]],
+    removed: Collection[str] = (),
+    kinds: tuple[type[keras.Model], type[keras.Model]] = (keras.Model, keras.Sequential),
 ) -> ModelGraph:
     """A copy of a network with layers put behind some of its own, and others taken out.
 
@@ -57,7 +62,9 @@ def without(graph: ModelGraph, *classes: type) -> ModelGraph:
     return with_added(graph, {}, paths) if paths else graph
 
 
-def _edited(config: dict, prefix: str, added: dict, removed: set[str]) -> dict:
+def _edited(
+    config: dict[str, Any], prefix: str, added: Mapping[Place, Sequence[keras.layers.Layer]], removed: Collection[str]
+) -> dict[str, Any]:
     """The configuration of a network with layers put in; what read the ones before reads them instead."""
     entries: list[dict] = []
     sources: dict[str, dict[int, tuple[str, int]]] = {}  # layer -> which of its calls -> whose call is read instead
@@ -101,7 +108,7 @@ def _edited(config: dict, prefix: str, added: dict, removed: set[str]) -> dict:
     return {**config, "layers": entries, **ends}
 
 
-def _reading(name: str, call: int):
+def _reading(name: str, call: int) -> Any:
     """How the configuration of a call on one value looks."""
     if not IS_KERAS_3:
         return [[name, call, 0, {}]]
@@ -109,7 +116,7 @@ def _reading(name: str, call: int):
     return {"args": [{"class_name": "__keras_tensor__", "config": history}], "kwargs": {}}
 
 
-def _rewired(config, sources: dict[str, dict[int, tuple[str, int]]]):
+def _rewired(config: Any, sources: Mapping[str, Mapping[int, tuple[str, int]]]) -> Any:
     if dataflow.is_reference(config, sources):
         name, call = config[:2]
         while call in sources.get(name, ()):

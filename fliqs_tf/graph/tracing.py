@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import tensorflow as tf
 
@@ -32,7 +34,7 @@ class TracedLayer:
     is_table: bool = False
 
 
-def trace(graph: ModelGraph, input_shape=None, named=()) -> list[TracedLayer]:
+def trace(graph: ModelGraph, input_shape: Any = None, named: Collection[str] = ()) -> list[TracedLayer]:
     """Every layer with a kernel, in the model's order, with its MACs and weights. Quantized embeddings and
     products of activations too.
 
@@ -56,7 +58,7 @@ def trace(graph: ModelGraph, input_shape=None, named=()) -> list[TracedLayer]:
     example = _one_example(model, input_shape)
     with _recording([layer for _, layer in found]) as calls:
 
-        def call(inputs):
+        def call(inputs: Any) -> list[tf.Tensor]:
             model(inputs, training=False)
             return [shape for pairs in calls.values() for pair in pairs for shape in pair if tf.is_tensor(shape)]
 
@@ -81,7 +83,7 @@ def trace(graph: ModelGraph, input_shape=None, named=()) -> list[TracedLayer]:
     ]
 
 
-def _counts(layer, named: bool) -> bool:
+def _counts(layer: keras.layers.Layer, named: bool) -> bool:
     is_quantized = walking.unwrapped(layer) is not layer
     return bool(
         layer_types.is_product(layer)
@@ -91,12 +93,12 @@ def _counts(layer, named: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _recording(layers):
+def _recording(layers: Iterable[keras.layers.Layer]) -> Iterator[dict[int, list[tuple[Any, Any]]]]:
     """Within it each call of a layer appends its (input, output) shapes."""
-    calls = {id(layer): [] for layer in layers}
+    calls: dict[int, list[tuple[Any, Any]]] = {id(layer): [] for layer in layers}
 
-    def recorder(layer, call):
-        def recorded(inputs, *args, **kwargs):
+    def recorder(layer: keras.layers.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # Shapes are those of the layer inside; tracing its quantizers would take most of the time.
             outputs = (
                 call(inputs, *args, **kwargs)
@@ -114,13 +116,13 @@ def _recording(layers):
         yield calls
 
 
-def _shape(tensor):
+def _shape(tensor: tf.Tensor) -> tuple[int, ...] | tf.Tensor:
     """Sizes as integers, as a tensor if some are not known yet."""
     return tuple(tensor.shape) if None not in tuple(tensor.shape) else tf.shape(tensor)
 
 
 @contextlib.contextmanager
-def overridden_calls(overrides: dict):
+def overridden_calls(overrides: Mapping[keras.layers.Layer, Callable[..., Any]]) -> Iterator[None]:
     """Within it, each layer that is a key runs its value in place of its `call`."""
     own = {layer: vars(layer)["call"] for layer in overrides if "call" in vars(layer)}  # as a composite layer has
     for layer, call in overrides.items():
@@ -135,7 +137,7 @@ def overridden_calls(overrides: dict):
                 object.__delattr__(layer, "call")
 
 
-def input_specs(model: keras.Model, input_shape=None):
+def input_specs(model: keras.Model, input_shape: Any = None) -> Any:
     """The input of a model: a `tf.TensorSpec` of one example, without the batch axis, or a list or dict of them.
 
     Args:
@@ -173,11 +175,11 @@ def input_specs(model: keras.Model, input_shape=None):
     return tf.nest.pack_sequence_as(known, specs)
 
 
-def _as_spec(shape, known: tf.TensorSpec) -> tf.TensorSpec:
+def _as_spec(shape: tf.TensorShape | tf.TensorSpec, known: tf.TensorSpec) -> tf.TensorSpec:
     return shape if isinstance(shape, tf.TensorSpec) else tf.TensorSpec(shape, known.dtype, known.name)
 
 
-def _one_example(model, input_shape):
+def _one_example(model: keras.Model, input_shape: Any) -> Any:
     """The model's input with a batch axis of 1."""
     for spec in tf.nest.flatten(specs := input_specs(model, input_shape)):
         if None in tuple(spec.shape):

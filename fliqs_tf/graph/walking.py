@@ -6,6 +6,8 @@ import collections
 import re
 from collections.abc import Iterator
 
+import tensorflow as tf
+
 from fliqs_tf._keras import attributes, keras, weights_of_attributes
 from fliqs_tf.graph import layer_types
 
@@ -62,18 +64,18 @@ def unwrapped_tfmot(layer: keras.layers.Layer) -> keras.layers.Layer:
     return getattr(getattr(layer, "quantize_config", None), "quantized", None) or layer
 
 
-def annotations(network: keras.Model, prefix: str = "") -> dict[str, object]:
+def annotated(network: keras.Model, prefix: str = "") -> dict[str, object]:
     """Layer path -> its `QuantizeConfig` or None, of the layers that TensorFlow Model Optimization annotated."""
     found = {}
     for layer in network.layers:
         if is_annotation(layer):
             found[f"{prefix}{layer.layer.name}"] = layer.quantize_config
         elif is_network(layer):
-            found |= annotations(layer, f"{prefix}{layer.name}/")
+            found |= annotated(layer, f"{prefix}{layer.name}/")
     return found
 
 
-def _held(place: str, value) -> Iterator[tuple[str, keras.layers.Layer]]:
+def _held(place: str, value: object) -> Iterator[tuple[str, keras.layers.Layer]]:
     """(place, layer) of the layers in the value of an attribute."""
     if isinstance(value, keras.layers.Layer):
         if not isinstance(value, keras.metrics.Metric):  # a layer in tf_keras
@@ -94,7 +96,7 @@ def composite_root(network: keras.Model) -> keras.layers.Layer | None:
     return None
 
 
-def _is_automatic(layer) -> bool:
+def _is_automatic(layer: keras.layers.Layer) -> bool:
     """True if the name is one that Keras gives: the class and a number that depends on what was made before."""
     layer = unwrapped(layer)
     stem = re.sub(r"_\d+$", "", layer.name).replace("_", "").removeprefix("private")
@@ -112,7 +114,7 @@ def walk(model: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
     """
     seen = set()
 
-    def visit(layer, prefix, in_composite):
+    def visit(layer: keras.layers.Layer, prefix: str, in_composite: bool) -> Iterator[tuple[str, keras.layers.Layer]]:
         if is_network(layer) and (root := composite_root(layer)) is not None:
             layer = root
         in_composite = in_composite or not is_network(layer)
@@ -134,7 +136,7 @@ def unwrapped(layer: keras.layers.Layer) -> keras.layers.Layer:
     return getattr(layer, "quantized_layer", getattr(layer, "composite_layer", layer))
 
 
-def own_weights(layer: keras.layers.Layer) -> list:
+def own_weights(layer: keras.layers.Layer) -> list[tf.Variable]:
     """The weights of a layer without those of its `children`."""
     layer = getattr(layer, "composite_layer", layer)
     weights = weights_of_attributes(layer) if children(layer) else layer.weights

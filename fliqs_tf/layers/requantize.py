@@ -123,7 +123,8 @@ def insert(graph: ModelGraph, roundings: dict[tuple[str, int], list[tuple[type, 
         call of the network.
     """
     times = collections.Counter((call.path, call.index) for call in graph.dataflow.calls)
-    added, states = {}, {}
+    added: dict[rewriting.Place, list[_Rounding]] = {}
+    states: dict[str, dict] = {}
     for (path, index), found in roundings.items():
         kind, state = found[0]
         if len(found) == times[path, index] and all(_are_equal(found[0], other) for other in found):

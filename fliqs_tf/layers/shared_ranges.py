@@ -45,25 +45,28 @@ def link(graph: ModelGraph) -> None:
         quantizer.follow(boundary)
 
 
-class _Linked:
-    """A network with boundary quantizers, whose ranges are shared again when it is made from its configuration."""
+@keras.saving.register_keras_serializable("fliqs_tf", name="CarrierModel")  # the name in files
+class BoundaryModel(keras.Model):
+    """A Functional model with boundary quantizers, whose ranges are shared again when it is made from its config."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> keras.Model:
-        model = super().from_config(config, custom_objects=custom_objects)
-        if getattr(model, "inputs", None):
-            link(ModelGraph(model))
-        return model
-
-
-@keras.saving.register_keras_serializable("fliqs_tf", name="CarrierModel")  # the name in files
-class BoundaryModel(_Linked, keras.Model):
-    """A Functional model with boundary quantizers."""
+        return _linked(super().from_config(config, custom_objects=custom_objects))
 
 
 @keras.saving.register_keras_serializable("fliqs_tf", name="CarrierSequential")
-class BoundarySequential(_Linked, keras.Sequential):
-    """A Sequential model with boundary quantizers."""
+class BoundarySequential(keras.Sequential):
+    """A Sequential model with boundary quantizers, whose ranges are shared again when it is made from its config."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> keras.Model:
+        return _linked(super().from_config(config, custom_objects=custom_objects))
+
+
+def _linked(model: keras.Model) -> keras.Model:
+    if getattr(model, "inputs", None):
+        link(ModelGraph(model))
+    return model
 
 
 KINDS = (BoundaryModel, BoundarySequential)

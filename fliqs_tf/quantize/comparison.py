@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -18,10 +20,11 @@ _LARGEST = 32  # of the sides of an image; a network that takes no smaller ones 
 _OPEN = (32, 8)  # in place of a size that is open
 # Of the largest value. The copy computes some layers in another order; 16 bits make more of that.
 _TOLERANCE, _TOLERANCE_16 = 1e-3, 5e-2
+Maker: TypeAlias = Callable[[np.random.Generator, Sequence[int]], np.ndarray]
 _HOLD = ("weight_quantizers", "activation_quantizers")
 
 
-def check(original: ModelGraph, copy: ModelGraph, input_shape=None) -> None:
+def check(original: ModelGraph, copy: ModelGraph, input_shape: Any = None) -> None:
     """Calls a model and its copy on one made-up example, with all quantizers passing values through.
 
     A model that cannot be called so (what it takes is not just any tensor of its shape), or that gives something else
@@ -60,7 +63,7 @@ def check(original: ModelGraph, copy: ModelGraph, input_shape=None) -> None:
     )
 
 
-def _called(model, input_shape):
+def _called(model: keras.Model, input_shape: Any) -> tuple[Any, list[np.ndarray]]:
     """(example, outputs) of the first made-up example that a model takes; (None, None) if there is none."""
     problem = None
     try:
@@ -75,10 +78,10 @@ def _called(model, input_shape):
     except ValueError as error:  # it does not say what its input is
         problem = error
     _LOG.debug("Model %r cannot be called on a made-up example: its copy was not compared. %s", model.name, problem)
-    return None, None
+    return None, []
 
 
-def _shapes(model, specs) -> list[list[tuple[int, ...]]]:
+def _shapes(model: keras.Model, specs: Any) -> list[list[list[int]]]:
     """Shapes of the inputs to try, one after the other."""
     flat = [spec.shape.as_list() for spec in tf.nest.flatten(specs)]
     batch = next((t.shape[0] for t in getattr(model, "inputs", None) or () if t.shape[0]), 1)
@@ -92,10 +95,10 @@ def _smaller(shape: list[int]) -> list[int]:
     return [shape[0], *(min(d, _LARGEST) for d in shape[1:3]), shape[3]] if len(shape) == 4 else shape
 
 
-def _example(specs, shapes, make):
+def _example(specs: Any, shapes: Iterable[list[int]], make: Maker) -> Any:
     rng, shapes = np.random.default_rng(0), iter(shapes)
 
-    def tensor(spec):
+    def tensor(spec: tf.TensorSpec) -> tf.Tensor:
         shape = next(shapes)
         if spec.dtype == tf.string:
             return tf.fill(shape, "a")
@@ -104,21 +107,21 @@ def _example(specs, shapes, make):
     return tf.nest.map_structure(tensor, specs)
 
 
-def _normal(rng, shape):
+def _normal(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def _zeros_and_ones(rng, shape):
+def _zeros_and_ones(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     return rng.integers(0, 2, shape).astype(np.float32)
 
 
-def _outputs(model, example) -> list[np.ndarray]:
+def _outputs(model: keras.Model, example: Any) -> list[np.ndarray]:
     # A network as a layer insists on its own size.
     call = model.call if walking.is_network(model) else model
     return _arrays(call(example, training=False))
 
 
-def _arrays(outputs) -> list[np.ndarray]:
+def _arrays(outputs: Any) -> list[np.ndarray]:
     return [
         np.array(t if t.dtype.is_integer or t.dtype in (tf.bool, tf.string) else tf.cast(t, tf.float64))
         for t in tf.nest.flatten(outputs, expand_composites=True)
@@ -131,7 +134,7 @@ def _tolerance(graph: ModelGraph) -> float:
     return _TOLERANCE_16 if dtypes & {"float16", "bfloat16"} else _TOLERANCE
 
 
-def _agree(expected, found, tolerance: float) -> bool:
+def _agree(expected: Sequence[np.ndarray], found: Sequence[np.ndarray], tolerance: float) -> bool:
     return len(expected) == len(found) and all(_difference(a, b) <= tolerance for a, b in zip(expected, found))
 
 
@@ -148,7 +151,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.abs(a - b, where=finite, out=np.zeros_like(a)) / largest).max(initial=0.0))
 
 
-def _first_difference(original: ModelGraph, copy: ModelGraph, example, tolerance: float) -> str:
+def _first_difference(original: ModelGraph, copy: ModelGraph, example: Any, tolerance: float) -> str:
     recorded = []
     for graph in (original, copy):
         calls: dict[str, list] = {}
@@ -164,8 +167,8 @@ def _first_difference(original: ModelGraph, copy: ModelGraph, example, tolerance
     return "what is between its layers"
 
 
-def _recorder(call, outputs: list):
-    def recorded(*args, **kwargs):
+def _recorder(call: Callable[..., Any], outputs: list[np.ndarray]) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         result = call(*args, **kwargs)
         outputs.extend(_arrays(result))
         return result
@@ -174,7 +177,7 @@ def _recorder(call, outputs: list):
 
 
 @contextlib.contextmanager
-def _passing(graph: ModelGraph):
+def _passing(graph: ModelGraph) -> Iterator[None]:
     """Within it the quantizers of a model give out what they get."""
     with tracing.overridden_calls(dict.fromkeys(_quantizers(graph), _identity)):
         yield
@@ -187,12 +190,12 @@ def _quantizers(graph: ModelGraph) -> list[Quantizer]:
     return list(dict.fromkeys([*held, *(q for q in graph.model._flatten_layers() if isinstance(q, Quantizer))]))
 
 
-def _identity(x, **_):
+def _identity(x: Any, **_: Any) -> Any:
     return x
 
 
 @contextlib.contextmanager
-def _unchanged(graph: ModelGraph):
+def _unchanged(graph: ModelGraph) -> Iterator[None]:
     """Puts back what calls change: states of recurrent layers and of generators, losses."""
     before = {id(v): tf.identity(tf.convert_to_tensor(v)) for v in _states(graph)}
     try:
@@ -205,7 +208,7 @@ def _unchanged(graph: ModelGraph):
         graph.model._clear_losses()
 
 
-def _states(graph: ModelGraph) -> list:
+def _states(graph: ModelGraph) -> list[tf.Variable]:
     """Variables that a call may change, though it is not in training."""
     layers = list(graph.model._flatten_layers())
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
 import tensorflow as tf
 
 from fliqs_tf._keras import clone, keras
@@ -14,15 +17,19 @@ from fliqs_tf.layers.composite import Composite
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.quantize import comparison
 
+Key: TypeAlias = int | tuple[int, str]
+"""id of a layer; of a product of attention that is still in float: (id of the attention layer, name of the product)."""
+Arguments: TypeAlias = Mapping[Key, Mapping[str, Any]]
+"""{key of a layer or product that is to be quantized: arguments of `Quantized` or of `attention.install`}."""
 
-def replacement(layer, original, arguments: dict):
+
+def replacement(layer: keras.layers.Layer, original: keras.layers.Layer, arguments: Arguments) -> keras.layers.Layer:
     """What takes the place of a layer in a copy of a network.
 
     Args:
       layer: Copy of the layer, not quantized.
       original: The layer itself, quantized or not.
-      arguments: {id of a layer: arguments of `Quantized`} for those that are to be quantized. The key of a product of
-        attention that is still in float is (id of the attention layer, name of the product).
+      arguments: What is to be quantized, and how.
 
     Returns:
       A `Quantized`, a `Composite`, or the copy itself.
@@ -30,21 +37,21 @@ def replacement(layer, original, arguments: dict):
     if id(original) in arguments:
         return composite.quantized(layer, arguments[id(original)])
     graph = ModelGraph(original)
-    keys = [*((path, id(part)) for path, part in graph.layers), *graph.attention_products]
+    keys: list[tuple[str, Key]] = [*((path, id(part)) for path, part in graph.layers), *graph.attention_products]
     parts = {path: arguments[key] for path, key in keys if key in arguments}
     return Composite(layer, parts) if parts else layer
 
 
-def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.Model:
+def network_copy(network: keras.Model, arguments: Arguments, copies: dict[int, keras.layers.Layer]) -> keras.Model:
     """A copy of a Functional or Sequential model, nested ones too, without the weights.
 
     Args:
       network: The original.
-      arguments: See `replacement`.
+      arguments: What is to be quantized, and how.
       copies: {id of a layer: its copy} so far; a layer that is there already is not copied again.
     """
 
-    def copy_of(layer):
+    def copy_of(layer: keras.layers.Layer) -> keras.layers.Layer:
         layer = walking.unwrapped_tfmot(layer)
         if id(layer) not in copies:
             if walking.is_network(layer):
@@ -56,9 +63,9 @@ def network_copy(network: keras.Model, arguments: dict, copies: dict) -> keras.M
     return clone(network, copy_of)
 
 
-def fixed(graph: ModelGraph, formats: dict[str, str]) -> ModelGraph:
+def fixed(graph: ModelGraph, formats: Mapping[str, str]) -> ModelGraph:
     """A copy of a quantized network in which each decision has taken the given format."""
-    arguments = {}
+    arguments: dict[Key, dict[str, Any]] = {}
     for _, layer in graph.of_type(Quantized, Product):
         config = layer.get_config()
         config["weight_formats"] = [formats.get(layer.weight_decision, config["weight_formats"][0])]
@@ -68,12 +75,12 @@ def fixed(graph: ModelGraph, formats: dict[str, str]) -> ModelGraph:
     return quantized_copy(graph, arguments)
 
 
-def quantized_copy(graph: ModelGraph, arguments: dict, input_shape=None) -> ModelGraph:
+def quantized_copy(graph: ModelGraph, arguments: Arguments, input_shape: Any = None) -> ModelGraph:
     """A copy of a model with its weights.
 
     Args:
       graph: Of the original, quantized or not.
-      arguments: See `replacement`.
+      arguments: What is to be quantized, and how.
       input_shape: See `tracing.input_specs`; for a model that is not a network.
 
     Returns:
@@ -108,7 +115,7 @@ def quantized_copy(graph: ModelGraph, arguments: dict, input_shape=None) -> Mode
     return copy_graph
 
 
-def _network_of(layer, specs) -> keras.Model:
+def _network_of(layer: keras.layers.Layer, specs: Any) -> keras.Model:
     """A network that is nothing but a layer and its inputs."""
     flat = tf.nest.flatten(specs)
     names = sorted(specs) if isinstance(specs, dict) else [spec.name for spec in flat]
@@ -126,7 +133,7 @@ def _network_of(layer, specs) -> keras.Model:
     return keras.Model(inputs, outputs, name=layer.name)
 
 
-def _layers_of(graph: ModelGraph) -> dict:
+def _layers_of(graph: ModelGraph) -> dict[str, keras.layers.Layer]:
     """{path: layer}, a model that is not a network under ""; without input layers, whose names are not copied."""
     model = graph.model
     found = {path: layer for path, layer in graph.parts if not isinstance(layer, keras.layers.InputLayer)}
@@ -134,7 +141,7 @@ def _layers_of(graph: ModelGraph) -> dict:
     return found if root is None else {"": root, **found}
 
 
-def _copy_state(layer, copy) -> None:
+def _copy_state(layer: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """Functions, weights and ranges, without those of the layers that a composite layer holds."""
     if isinstance(layer, (Quantized, Product)):
         for old, new in zip(layer.activation_quantizers, copy.activation_quantizers):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import tensorflow as tf
+
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
@@ -33,7 +35,7 @@ class Decision:
         return self.space.names
 
     @property
-    def choices(self) -> list:
+    def choices(self) -> list[tf.Variable]:
         """The int32 variables that the quantizers read."""
         return list({id(q.choice): q.choice for q in self.quantizers}.values())
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Container, Sequence
 from typing import Any
 
-from fliqs_tf._keras import check_model
+from fliqs_tf._keras import check_model, keras
 from fliqs_tf.graph import copies, layer_types, walking
 from fliqs_tf.graph.model_graph import Layers, ModelGraph
 from fliqs_tf.layers import batch_norm
 from fliqs_tf.layers.quantized import Quantized
-from fliqs_tf.numerics.space import Space
+from fliqs_tf.numerics.space import Space, SpaceLike
 from fliqs_tf.quantize import copying
 from fliqs_tf.quantize import rules as rules_lib
 
@@ -20,15 +21,15 @@ _KERAS = ("keras", "tf_keras", "keras_hub")
 
 def quantized_network(
     graph: ModelGraph,
-    space,
-    rules=(),
-    granularity="layer",
-    tensors="together",
-    input_space=None,
+    space: SpaceLike,
+    rules: Sequence[rules_lib.RuleLike] = (),
+    granularity: str = "layer",
+    tensors: str = "together",
+    input_space: SpaceLike | None = None,
     *,
-    input_shape=None,
-    embeddings=False,
-    attention_scores=False,
+    input_shape: Any = None,
+    embeddings: bool = False,
+    attention_scores: bool = False,
 ) -> ModelGraph:
     """A copy of a model whose layers read decisions.
 
@@ -48,7 +49,7 @@ def quantized_network(
             "take tensors='together' or 'separate'."
         )
     quantizations = rules_lib.layer_quantizations(
-        [path for path, _ in layers], walking.annotations(graph.model), spaces, rules, granularity, tensors
+        [path for path, _ in layers], walking.annotated(graph.model), spaces, rules, granularity, tensors
     )
     _log_left_in_float(graph, quantizations)
     return copying.quantized_copy(
@@ -56,7 +57,7 @@ def quantized_network(
     )
 
 
-def warn_of_own_training(model) -> None:
+def warn_of_own_training(model: keras.Model) -> None:
     """Methods with which a class trains its models as it likes; a copy trains as every model of Keras does."""
     methods = ("train_step", "compute_loss", "compute_metrics", "test_step")
     own = [m for m in methods if getattr(type(model), m).__module__.split(".")[0] not in _KERAS]
@@ -84,7 +85,9 @@ def warn_of_names_of_keras(graph: ModelGraph) -> None:
         )
 
 
-def layers_to_quantize(graph: ModelGraph, embeddings=False, attention_scores=False, named=()) -> list[tuple[str, Any]]:
+def layers_to_quantize(
+    graph: ModelGraph, embeddings: bool = False, attention_scores: bool = False, named: Collection[str] = ()
+) -> list[tuple[str, copying.Key]]:
     """(path, id) of the layers of a float model that are to be quantized; raises if there are none.
 
     A product of attention has the id of the attention layer and its own name, see
@@ -121,7 +124,8 @@ def layers_to_quantize(graph: ModelGraph, embeddings=False, attention_scores=Fal
     ]
     among = {id(layer) for _, layer in (*graph.with_kernels, *tables)}
     products = [(path, key) for path, key in graph.attention_products if attention_scores or path in named]
-    layers = [(path, id(layer)) for path, layer in graph.layers if id(layer) in among] + products
+    layers: list[tuple[str, copying.Key]] = [(path, id(layer)) for path, layer in graph.layers if id(layer) in among]
+    layers += products
     for asked, found, what in ((embeddings, tables, "Embedding"), (attention_scores, products, "MultiHeadAttention")):
         if asked and not found:
             option = "embeddings" if found is tables else "attention_scores"
@@ -145,7 +149,7 @@ def left_in_float(graph: ModelGraph) -> Layers:
     )
 
 
-def _log_left_in_float(graph: ModelGraph, quantized) -> None:
+def _log_left_in_float(graph: ModelGraph, quantized: Container[str]) -> None:
     left = [(path, layer) for path, layer in left_in_float(graph) if path not in quantized]
     if left:
         named = ", ".join(f"{path} ({type(layer).__name__})" for path, layer in left)

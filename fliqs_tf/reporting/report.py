@@ -27,8 +27,6 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import ArrayLike
-
 from fliqs_tf.io.files import read_json, replacing, write_text
 from fliqs_tf.reporting import pictures
 
@@ -39,27 +37,6 @@ _DPI = 144
 _LARGEST = 10**30
 _CSS_DPI = 96  # what browsers call an inch: pictures appear in their own size, sharp on dense screens
 _RECIPE, _METRICS, _DECISIONS = "recipe.json", "metrics.jsonl", "decisions.json"
-
-
-def formats_picture(layers: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:
-    """Saves `pictures.formats_figure` as a PNG file."""
-    _save(pictures.formats_figure(layers, title), path)
-
-
-def probabilities_picture(
-    steps: ArrayLike,
-    probabilities: Sequence[ArrayLike],
-    decisions: Sequence[str],
-    options: Sequence[Sequence[str]],
-    path: str | os.PathLike,
-) -> None:
-    """Saves `pictures.probabilities_figure` as a PNG file."""
-    _save(pictures.probabilities_figure(steps, probabilities, decisions, options), path)
-
-
-def curves_picture(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, cost_unit: str = "") -> None:
-    """Saves `pictures.curves_figure` as a PNG file."""
-    _save(pictures.curves_figure(rows, cost_unit), path)
 
 
 def write_report(run_dir: str | os.PathLike) -> list[pathlib.Path]:

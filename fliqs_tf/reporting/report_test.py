@@ -292,11 +292,3 @@ def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install fliqs-tf\[plots\]"):
         report.write_report(tmp_path)
-
-
-def test_pictures_one_by_one(tmp_path):
-    report.formats_picture(LAYERS, tmp_path / "f.png", "Formats")
-    report.probabilities_picture([0, 1], [[[0.5, 0.5], [0.1, 0.9]]], ["a"], [["INT4", "INT8"]], str(tmp_path / "p.png"))
-    report.curves_picture(metrics(), tmp_path / "c.png", "GBOPs")
-    for name in ("f.png", "p.png", "c.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
