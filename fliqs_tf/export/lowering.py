@@ -29,6 +29,7 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
       ValueError: Names the layer that cannot be read, and why.
     """
     flow = graph.dataflow
+    _check_inputs(flow)
     found: list[Step] = []
     fresh = iter(range(1 + max([call.output for call in flow.calls], default=0), 10**9))
     for call, inputs, output in _shaped(flow):
@@ -40,16 +41,31 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
 
 
 def check_layers(graph: ModelGraph) -> None:
-    """Raises, before any training, if a layer of a network has no counterpart in a file.
+    """Raises, before any training, if a layer or an input of a network has no counterpart in a file.
 
     Raises:
-      ValueError: Names the layer.
+      ValueError: Names the layer or the input.
     """
+    _check_inputs(graph.dataflow)
     for call, inputs, output in _shaped(graph.dataflow):
         if isinstance(call.layer, Quantized):
             lowering_kernels.check(call.layer.quantized_layer, call.path)
         elif not isinstance(call.layer, ActivationQuantizer):
             _read(call, inputs, output, iter(range(10**9)))
+
+
+def _check_inputs(flow: dataflow.Dataflow) -> None:
+    for _, name, shape, dtype in flow.inputs:
+        if dtype != "float32":
+            raise ValueError(
+                f"The input {name!r} is {dtype}; TFLite export takes float32 inputs: make it float32, or take "
+                f"fliqs_tf.export.packed."
+            )
+        if None in shape:
+            raise ValueError(
+                f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes: give the Input all of them, "
+                f"or take fliqs_tf.export.onnx or fliqs_tf.export.packed."
+            )
 
 
 def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[Shape], Shape]]:

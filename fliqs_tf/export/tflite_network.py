@@ -43,17 +43,13 @@ def build(network: IntegerNetwork, int4: bool) -> TfliteNetwork:
       int4: Store weights of 4 bits or fewer as int4, where there are kernels.
 
     Raises:
-      ValueError: An input that is not float32 or has an open shape; weights or biases that are not finite.
+      ValueError: Weights or biases that are not finite.
     """
     file = TfliteFile()
     tensors = Tensors(file)
     roundings: dict[tuple[str, int], list[tflite_integer.Rounding]] = {}
     inputs = []
-    for value, name, shape, dtype in network.inputs:
-        if dtype != "float32":
-            raise ValueError(f"The input {name!r} is {dtype}; TFLite export takes float32 inputs.")
-        if None in shape:
-            raise ValueError(f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes.")
+    for value, name, shape, _ in network.inputs:
         tensors.name(value, name, shape)
         inputs.append(tensors.new_float(value, name))
     for step in network.steps:
