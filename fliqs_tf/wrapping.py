@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
-from fliqs_tf.export import boundaries, lowering, planning, targets
+from fliqs_tf.export import boundaries, lowering, onnx_writer, packed_file, planning, targets
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches
 from fliqs_tf.layers import composite, ranges
@@ -76,7 +76,8 @@ def wrap(
       TypeError: The model is of the other Keras.
       ValueError: The model is not built or has nothing to quantize; unknown space or format; a space that is empty, has
         duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
-        target does not have. The message says what to do.
+        target does not have; a layer or an input that files of the target cannot hold. The message says what to do.
+      ImportError: target="onnx", and onnx is not installed.
     """
     for option, asked in (("embeddings", embeddings), ("attention_scores", attention_scores)):
         if asked and target in ("onnx", "tflite"):
@@ -123,10 +124,15 @@ def _for_integers(rule: Rule) -> Rule:
 
 
 def _check_target(searched: SearchModel, target: str) -> None:
-    """Raises if the target has no form of a layer, or a rule gives one formats that the target does not run."""
+    """Raises if the target has no form of a layer or an input, or a rule gives a layer formats that it does not run."""
     for row in planning.plan(searched, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
         raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
+    # That of "tflite" comes before int8 tensors are put between the layers.
+    if target == "onnx":
+        onnx_writer.check_layers(searched.graph)
+    elif target == "packed":
+        packed_file.check_network(searched.graph)
 
 
 def apply(

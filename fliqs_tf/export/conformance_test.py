@@ -239,6 +239,7 @@ def examples(case: Row, is_table: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 STEP = 0.02
+FORMATS = ["INT4", "INT8"]
 
 
 @functools.lru_cache(1)
@@ -301,6 +302,66 @@ def test_what_becomes_of_it(name, target, tmp_path):
     # A plan knows classes and formats, not every option of a layer.
     unsupported = export.plan(final, target).unsupported
     assert not unsupported if expected in (EXACT, ONE_STEP) else unsupported or expected not in (NO_TFLITE, NO_ONNX)
+
+
+REFUSED = [
+    (name, target)
+    for name, case in {**LAYERS, "activation mish": TABLE["activation mish"]}.items()
+    for target in TARGETS
+    if getattr(case, target) not in (EXACT, ONE_STEP)
+]
+
+
+@pytest.mark.parametrize(("name", "target"), REFUSED)
+def test_what_a_file_does_not_take_is_refused_before_training(name, target):
+    case = TABLE[name]
+    model = network(case)
+    with pytest.raises(ValueError) as refusal:
+        fliqs_tf.wrap(model, FORMATS, target=target, **case.options)
+    said = str(refusal.value)
+    if case.options:  # embeddings, attention_scores
+        assert f"{next(iter(case.options))}=True has no form in the files of target {target!r}" in said
+    else:
+        assert f"Layer {model.layers[-1].name!r}" in said or repr(model.name) in said
+        assert getattr(case, target) in said or "no ONNX form for" in said
+
+
+@pytest.mark.parametrize("target", ["tflite", "onnx"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("int32", VECTOR), ("uint8", IMAGE), ("float16", VECTOR), ("float32", (None, None, 4))]
+)
+def test_and_inputs_that_it_does_not_take_too(dtype, shape, target):
+    x = L.Input(shape, dtype=dtype, name="given")
+    y = L.Rescaling(0.5)(x)
+    model = keras.Model(x, L.Conv2D(2, 3)(y) if len(shape) == 3 else L.Dense(2)(y))
+    if (dtype, target) == ("float32", "onnx"):  # sizes may stay open
+        assert fliqs_tf.wrap(model, FORMATS, target=target).decisions
+    else:
+        with pytest.raises(ValueError, match=f"input 'given' .*({dtype}|open shape)"):
+            fliqs_tf.wrap(model, FORMATS, target=target)
+
+
+@functools.lru_cache(1)
+def searched(name: str):
+    """(model that a search of two steps has decided, examples for ranges, examples to compare on)."""
+    case = KERNELS[name]
+    model = network(case)
+    ranges, x = examples(case, model.input.dtype == "int32")
+    qmodel = fliqs_tf.wrap(model, FORMATS, **case.options)
+    qmodel.compile("sgd", "mse", target_cost="0.8x INT8", cost="memory")
+    y = np.zeros(qmodel.network(ranges).shape, np.float32)
+    qmodel.fit(ranges, y, batch_size=len(x) // 2, verbose=0)
+    return qmodel.deploy(), ranges, x
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [(name, target) for name in KERNELS for target in TARGETS if (name, target) not in REFUSED]
+)
+def test_what_a_search_decides_is_what_the_file_computes(name, target, tmp_path):
+    final, ranges, x = searched(name)
+    assert np.abs(final(x)).max() > 0
+    # Ranges follow the training data, so that some inputs lie next to the middle between two codes.
+    assert TARGETS[target](final, ranges, x, tmp_path / "file") in (EXACT, ONE_STEP)
 
 
 def test_all_that_the_exporters_and_the_graph_know_is_in_the_table():

@@ -7,12 +7,12 @@ were trained are the codes that ship.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Container
 
 from fliqs_tf.export.steps import Step
 
 
-def without_identities(found: list[Step], outputs: Collection[int]) -> list[Step]:
+def without_identities(found: list[Step], outputs: Container[int]) -> list[Step]:
     """Drops steps that give what they read, but for those that make an output."""
     same: dict[int, int] = {}
     kept = []
@@ -26,7 +26,7 @@ def without_identities(found: list[Step], outputs: Collection[int]) -> list[Step
     return kept
 
 
-def merged(found: list[Step], outputs: Collection[int]) -> list[Step]:
+def merged(found: list[Step], outputs: Container[int]) -> list[Step]:
     """Batch normalization goes into the linear step before it; ReLU into the linear, affine or adding step."""
     counts: dict[int, int] = {}
     for step in found:

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from fliqs_tf._keras import keras
 from fliqs_tf.export import folding, lowering_kernels, lowering_layers
+from fliqs_tf.export.lowering_layers import Shape
 from fliqs_tf.export.steps import IntegerNetwork, Step
 from fliqs_tf.graph import dataflow, layer_types, walking
 from fliqs_tf.graph.model_graph import ModelGraph
@@ -29,6 +29,7 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
       ValueError: Names the layer that cannot be read, and why.
     """
     flow = graph.dataflow
+    _check_inputs(flow)
     found: list[Step] = []
     fresh = iter(range(1 + max([call.output for call in flow.calls], default=0), 10**9))
     for call, inputs, output in _shaped(flow):
@@ -40,11 +41,12 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
 
 
 def check_layers(graph: ModelGraph) -> None:
-    """Raises, before any training, if a layer of a network has no counterpart in a file.
+    """Raises, before any training, if a layer or an input of a network has no counterpart in a file.
 
     Raises:
-      ValueError: Names the layer.
+      ValueError: Names the layer or the input.
     """
+    _check_inputs(graph.dataflow)
     for call, inputs, output in _shaped(graph.dataflow):
         if isinstance(call.layer, Quantized):
             lowering_kernels.check(call.layer.quantized_layer, call.path)
@@ -52,7 +54,21 @@ def check_layers(graph: ModelGraph) -> None:
             _read(call, inputs, output, iter(range(10**9)))
 
 
-def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple], tuple]]:
+def _check_inputs(flow: dataflow.Dataflow) -> None:
+    for _, name, shape, dtype in flow.inputs:
+        if dtype != "float32":
+            raise ValueError(
+                f"The input {name!r} is {dtype}; TFLite export takes float32 inputs: make it float32, or take "
+                f"fliqs_tf.export.packed."
+            )
+        if None in shape:
+            raise ValueError(
+                f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes: give the Input all of them, "
+                f"or take fliqs_tf.export.onnx or fliqs_tf.export.packed."
+            )
+
+
+def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[Shape], Shape]]:
     """(call, shapes of its inputs, shape of its output), of one example; raises for a layer without a counterpart."""
     shapes = {value: shape for value, _, shape, _ in flow.inputs}
     for call in flow.calls:
@@ -61,7 +77,7 @@ def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[tuple
         yield call, inputs, shapes[call.output]
 
 
-def _output_shape(call: dataflow.Call, inputs: list[tuple]) -> tuple:
+def _output_shape(call: dataflow.Call, inputs: list[Shape]) -> Shape:
     if reason := why_not(call.path, call.layer):  # a composite layer, for one, does not say what shape it gives
         raise ValueError(reason)
     if len(inputs) > 1 or isinstance(call.layer, (_LAYERS.Add, _LAYERS.Multiply, _LAYERS.Concatenate)):
@@ -73,7 +89,7 @@ def _output_shape(call: dataflow.Call, inputs: list[tuple]) -> tuple:
     return tuple(shape)[1:]
 
 
-def why_not(path: str, layer: Any) -> str:
+def why_not(path: str, layer: keras.layers.Layer) -> str:
     """Why a layer has no counterpart in the file, whatever its formats and shapes; "" if it may have one."""
     inner = walking.unwrapped(layer)
     kernels = layer_types.kernels(inner)
@@ -88,7 +104,7 @@ def why_not(path: str, layer: Any) -> str:
     return ""
 
 
-def _read(call: dataflow.Call, inputs: list[tuple], output: tuple, fresh: Iterator[int]) -> list[Step]:
+def _read(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Iterator[int]) -> list[Step]:
     """The steps of one call."""
     layer, base = call.layer, (call.path, call.inputs, call.output, (*inputs, output))
     if isinstance(layer, Quantized):
@@ -105,7 +121,7 @@ def _read(call: dataflow.Call, inputs: list[tuple], output: tuple, fresh: Iterat
 
 
 def _merging_steps(
-    call: dataflow.Call, kind: str, inputs: list[tuple], output: tuple, fresh: Iterator[int]
+    call: dataflow.Call, kind: str, inputs: list[Shape], output: Shape, fresh: Iterator[int]
 ) -> list[Step]:
     """An operation on several values; those of lower rank first get axes behind that of examples, as in Keras."""
     rank = max(len(shape) for shape in inputs)

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.export import boundaries, deployed, lowering_layers
+from fliqs_tf.export.lowering_layers import Shape
 from fliqs_tf.export.steps import ActivationScale, Linear, Step
 from fliqs_tf.graph import commuting, dataflow, layer_types
 from fliqs_tf.layers.quantized import Quantized
-from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer
+from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from fliqs_tf.numerics.formats import Format
 
 _LAYERS = keras.layers
-Fresh = Iterator[int]
+Fresh: TypeAlias = Iterator[int]
 """Values that no call gives yet."""
 
 
-def check(layer: Any, path: str) -> None:
+def check(layer: keras.layers.Layer, path: str) -> None:
     """Raises, whatever the formats, if a layer has no counterpart in the file."""
     if len(layer_types.kernels(layer)) == 2 or operation_of(path, layer) != "dense":
         lowering_layers.window(layer, path)
     lowering_layers.activation(layer, path)
 
 
-def quantized_steps(call: dataflow.Call, inputs: list[tuple], output: tuple, fresh: Fresh) -> list[Step]:
+def quantized_steps(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Fresh) -> list[Step]:
     """A quantized layer: its input is rounded, then what is inside of it."""
     layer, value, made = call.layer, call.inputs[0], []
     if layer.activation_quantizer is not None:
@@ -44,7 +45,13 @@ def quantized_steps(call: dataflow.Call, inputs: list[tuple], output: tuple, fre
 
 
 def linear_steps(
-    call: dataflow.Call, layer: Any, value: int, shape: tuple, output: tuple, quantized: Quantized | None, fresh: Fresh
+    call: dataflow.Call,
+    layer: keras.layers.Layer,
+    value: int,
+    shape: Shape,
+    output: Shape,
+    quantized: Quantized | None,
+    fresh: Fresh,
 ) -> list[Step]:
     """A layer with one kernel, or the two of a separable convolution, and its activation."""
     name = commuting.activation(layer)
@@ -81,7 +88,7 @@ def linear_steps(
     return made
 
 
-def operation_of(path: str, layer: Any) -> str:
+def operation_of(path: str, layer: keras.layers.Layer) -> str:
     """ "dense", "conv" or "depthwise" of a layer with one kernel; raises if it has no counterpart in the file."""
     if isinstance(layer, _LAYERS.Dense):
         return "dense"
@@ -103,7 +110,12 @@ def operation_of(path: str, layer: Any) -> str:
 
 
 def _linear(
-    path: str, layer: Any, kernel: layer_types.Kernel, quantizer: Quantizer | None, operation: str, with_bias: bool
+    path: str,
+    layer: keras.layers.Layer,
+    kernel: layer_types.Kernel,
+    quantizer: WeightQuantizer | None,
+    operation: str,
+    with_bias: bool,
 ) -> Linear:
     weight = float_value(getattr(layer, kernel.attribute))
     channels = math.prod(weight.shape[a] for a in kernel.channel_axes)
@@ -116,8 +128,8 @@ def _linear(
         values = quantized.values.astype(np.float64)
         if quantized.scale is not None:
             values = values * quantized.scale
-        if boundaries.is_integer(fmt) and quantized.scale is not None:
-            codes, scale = quantized.values.astype(np.int8), quantized.scale.astype(np.float64).reshape(channels)
+            if boundaries.is_integer(fmt):
+                codes, scale = quantized.values.astype(np.int8), quantized.scale.astype(np.float64).reshape(channels)
     if operation == "depthwise":  # [height, width, in, multiplier]: in * multiplier output channels
         values = values.reshape(*values.shape[:2], channels)
         codes = None if codes is None else codes.reshape(values.shape)

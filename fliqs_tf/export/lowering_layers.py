@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import tensorflow as tf
 
 from fliqs_tf._keras import float_value, keras
 from fliqs_tf.graph import commuting
 from fliqs_tf.layers.requantize import ROUNDINGS
 
 _LAYERS = keras.layers
-Shapes = Sequence[tuple[int, ...]]
-Read = tuple[str, dict[str, Any]]
-Reader = Callable[[Any, str, Shapes], Read]
+Shape: TypeAlias = tuple[int | None, ...]
+Shapes: TypeAlias = Sequence[Shape]
+Read: TypeAlias = tuple[str, dict[str, Any]]
+"""(kind, options) of a `Step`."""
+Reader: TypeAlias = Callable[[keras.layers.Layer, str, Shapes], Read]
+"""(layer, path, shapes of its inputs) -> its step."""
 
 
 def knows(cls: type) -> bool:
@@ -22,7 +26,7 @@ def knows(cls: type) -> bool:
     return cls in _READERS
 
 
-def read(layer: Any, path: str, inputs: Shapes) -> Read:
+def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     """Kind and options of the step that a layer is.
 
     Args:
@@ -38,7 +42,7 @@ def read(layer: Any, path: str, inputs: Shapes) -> Read:
     return _READERS[type(layer)](layer, path, inputs)
 
 
-def unsupported(path: str, layer: Any, why: str = "") -> ValueError:
+def unsupported(path: str, layer: keras.layers.Layer, why: str = "") -> ValueError:
     """The error for a layer that has no counterpart in the file."""
     layer = getattr(layer, "quantized_layer", layer)
     return ValueError(
@@ -47,7 +51,7 @@ def unsupported(path: str, layer: Any, why: str = "") -> ValueError:
     )
 
 
-def window(layer: Any, path: str) -> dict[str, Any]:
+def window(layer: keras.layers.Layer, path: str) -> dict[str, Any]:
     """Options of a convolution or pooling: strides, padding, dilation."""
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
@@ -59,7 +63,7 @@ def window(layer: Any, path: str) -> dict[str, Any]:
     return {"strides": tuple(strides), "padding": layer.padding, "dilation": tuple(dilation)}
 
 
-def _batch_norm(layer: Any, path: str, inputs: Shapes) -> Read:
+def _batch_norm(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
     if axis not in (-1, len(inputs[0])):
         raise unsupported(path, layer, f"it normalizes axis {axis}, not the last one")
@@ -72,11 +76,11 @@ def _batch_norm(layer: Any, path: str, inputs: Shapes) -> Read:
     return "affine", {"gain": gain, "offset": offset}
 
 
-def _array(variable: Any) -> np.ndarray:
+def _array(variable: tf.Variable) -> np.ndarray:
     return np.asarray(float_value(variable), np.float64)
 
 
-def _rescaling(layer: Any, path: str, inputs: Shapes) -> Read:
+def _rescaling(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     channels = inputs[0][-1]
     if channels is None:
         raise unsupported(path, layer, "its number of channels is open")
@@ -84,7 +88,7 @@ def _rescaling(layer: Any, path: str, inputs: Shapes) -> Read:
     return "affine", {"gain": gain, "offset": offset}
 
 
-def activation(layer: Any, path: str, inputs: Shapes = ()) -> Read:
+def activation(layer: keras.layers.Layer, path: str, inputs: Shapes = ()) -> Read:
     """The activation of a layer, or that it is, as a step of its own."""
     name = commuting.activation(layer)
     known = ("linear", "relu", "relu6", "softmax", "sigmoid", "tanh", "silu", "swish")
@@ -93,14 +97,14 @@ def activation(layer: Any, path: str, inputs: Shapes = ()) -> Read:
     return "activation", {"function": {"swish": "silu"}.get(name, name)}
 
 
-def _softmax(layer: Any, path: str, inputs: Shapes) -> Read:
+def _softmax(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     if layer.axis not in (-1, len(inputs[0])):
         raise unsupported(path, layer, f"softmax over axis {layer.axis}, not the last one")
     return "activation", {"function": "softmax"}
 
 
 def _pooling(kind: str) -> Reader:
-    def read(layer: Any, path: str, inputs: Shapes) -> Read:
+    def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
         options = window(layer, path)
         return kind, {**options, "size": tuple(layer.pool_size)}
 
@@ -108,7 +112,7 @@ def _pooling(kind: str) -> Reader:
 
 
 def _global_pooling(kind: str) -> Reader:
-    def read(layer: Any, path: str, inputs: Shapes) -> Read:
+    def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
         if getattr(layer, "data_format", "channels_last") != "channels_last":
             raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
         return kind, {"keepdims": bool(layer.keepdims)}
@@ -116,17 +120,17 @@ def _global_pooling(kind: str) -> Reader:
     return read
 
 
-def _padding(layer: Any, path: str, inputs: Shapes) -> Read:
+def _padding(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     return "pad", {"padding": tuple(tuple(side) for side in layer.padding)}
 
 
-def _upsampling(layer: Any, path: str, inputs: Shapes) -> Read:
+def _upsampling(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     if layer.interpolation != "nearest":
         raise unsupported(path, layer, f"interpolation {layer.interpolation!r}")
     return "upsample", {}
 
 
-def _concatenation(layer: Any, path: str, inputs: Shapes) -> Read:
+def _concatenation(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
     rank = len(inputs[0]) + 1
     axis = layer.axis % rank
     if axis == 0:
@@ -135,7 +139,7 @@ def _concatenation(layer: Any, path: str, inputs: Shapes) -> Read:
 
 
 def _merging(kind: str) -> Reader:
-    def read(layer: Any, path: str, inputs: Shapes) -> Read:
+    def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
         if len(inputs) < 2:
             raise unsupported(path, layer, "it has one input")
         return kind, {}

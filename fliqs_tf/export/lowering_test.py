@@ -5,7 +5,7 @@ import pytest
 
 import fliqs_tf
 from fliqs_tf._keras import keras
-from fliqs_tf.export import lowering, lowering_kernels
+from fliqs_tf.export import lowering, lowering_kernels, lowering_layers
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
@@ -266,9 +266,19 @@ def test_layers_are_checked_before_any_training(layer, message):
 
 
 def test_a_rescaling_needs_to_know_its_channels():
-    x = L.Input((4, None))
     with pytest.raises(ValueError, match="Layer 'odd' of class Rescaling .*: its number of channels is open"):
-        lowering.check_layers(ModelGraph(keras.Model(x, L.Rescaling(2.0, name="odd")(x))))
+        lowering_layers.read(L.Rescaling(2.0, name="odd"), "odd", [(4, None)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [((4,), "int32", "'x' is int32; TFLite export takes float32"), ((None,), "float32", "'x' has the open shape")],
+)
+def test_inputs_are_checked_too(shape, dtype, message):
+    graph = ModelGraph(keras.Model(x := L.Input(shape, dtype=dtype, name="x"), L.ReLU()(x)))
+    for reads in (lowering.check_layers, lowering.steps):
+        with pytest.raises(ValueError, match=message):
+            reads(graph)
 
 
 def test_and_layers_of_several_inputs():

@@ -46,6 +46,19 @@ def onnx(final: keras.Model, path: str | os.PathLike) -> None:
         temporary.write_bytes(model.SerializeToString())
 
 
+def check_layers(graph: ModelGraph) -> None:
+    """Raises, before any training, if a layer or an input of a quantized network has no ONNX form.
+
+    Args:
+      graph: Of a network whose formats may still be open: all is converted as if it were in float, and thrown away.
+
+    Raises:
+      ImportError: onnx is not installed.
+      ValueError: Names the layer or the input, and what takes it.
+    """
+    _convert(OnnxBuilder(), graph, in_float=True)
+
+
 def takes(layer: keras.layers.Layer) -> bool:
     """True if layers of this class have an ONNX form here."""
     inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
@@ -54,18 +67,12 @@ def takes(layer: keras.layers.Layer) -> bool:
 
 def _model(graph: ModelGraph) -> Any:
     helper, proto = import_onnx().helper, import_onnx().TensorProto
-    final, network = graph.model, graph.dataflow
-    builder = OnnxBuilder()
-    values, inputs = {}, []
-    for value, name, shape, dtype in network.inputs:
-        if dtype != "float32":
-            raise ValueError(f"Model {final.name!r} has the input {name!r} of {dtype}; ONNX files take float32.")
-        name = builder.name(name)
-        inputs.append(helper.make_tensor_value_info(name, proto.FLOAT, ["batch", *shape]))
-        values[value] = Value(1 + len(shape), last=name)
-    for call in network.calls:
-        builder.path = call.path
-        values[call.output] = _converted(builder, call, [values[v] for v in call.inputs])
+    final, network, builder = graph.model, graph.dataflow, OnnxBuilder()
+    values = _convert(builder, graph)
+    inputs = [
+        helper.make_tensor_value_info(values[value].last, proto.FLOAT, ["batch", *shape])
+        for value, _, shape, _ in network.inputs
+    ]
     outputs = []
     for value, name in zip(network.outputs, network.output_names):
         builder.path = ""
@@ -82,8 +89,24 @@ def _model(graph: ModelGraph) -> Any:
     return model
 
 
-def _converted(builder: OnnxBuilder, call: dataflow.Call, inputs: list[Value]) -> Value:
-    layer = call.layer
+def _convert(builder: OnnxBuilder, graph: ModelGraph, in_float: bool = False) -> dict[int, Value]:
+    """Converts every call; gives the values of the network as tensors of the file."""
+    values = {}
+    for value, name, shape, dtype in graph.dataflow.inputs:
+        if dtype != "float32":
+            raise ValueError(
+                f"Model {graph.model.name!r} has the input {name!r} of {dtype}; ONNX files take float32: make it "
+                f"float32, or take fliqs_tf.export.packed."
+            )
+        values[value] = Value(1 + len(shape), last=builder.name(name))
+    for call in graph.dataflow.calls:
+        builder.path = call.path
+        layer = walking.unwrapped(call.layer) if in_float else call.layer
+        values[call.output] = _converted(builder, call, layer, [values[v] for v in call.inputs])
+    return values
+
+
+def _converted(builder: OnnxBuilder, call: dataflow.Call, layer: keras.layers.Layer, inputs: list[Value]) -> Value:
     inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
     convert = CONVERTERS.get(type(inner))
     if convert is None and call.constants == () and not isinstance(inner, _LAYERS.Layer):

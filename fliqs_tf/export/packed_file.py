@@ -117,6 +117,19 @@ def packed(final: keras.Model, path: str | os.PathLike) -> None:
         temporary.write_bytes(data)
 
 
+def check_network(graph: ModelGraph) -> None:
+    """Raises, before any training, if a network cannot be restored from its configuration.
+
+    Raises:
+      ValueError: Says what stands in the way.
+    """
+    _plain_variables(graph)
+    try:
+        _rebuilt(_network_text(graph.model), {})
+    except ValueError as error:
+        raise ValueError(f"Model {graph.model.name!r} cannot be packed: {error}") from None
+
+
 def load_packed(path: str | os.PathLike, *, custom_objects: dict[str, Any] | None = None) -> keras.Model:
     """Restores the deployed model that `packed` wrote: the same outputs, to the bit.
 

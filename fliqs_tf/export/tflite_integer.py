@@ -6,6 +6,7 @@ Weights of 4 bits or fewer are int4 where there are kernels (CONV_2D, FULLY_CONN
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from fliqs_tf.export.tflite_file import QuantizationParameters, TfliteFile
 from fliqs_tf.export.tflite_tensors import Codes
 from fliqs_tf.layers import requantize
 
-Rounding = tuple[type, dict]
+Rounding: TypeAlias = tuple[type, dict]
 
 
 def takes(step: Step) -> bool:
@@ -64,8 +65,8 @@ def _as_linear(step: Step) -> Step:
 
 
 def _linear(file: TfliteFile, step: Step, linear: Linear, source: Codes, target: Codes, int4: bool) -> Rounding:
-    source_scale, target_scale = source.parameters.scale, target.parameters.scale
-    scale, codes, bias = tflite_kernels.with_int32_biases(step.path, linear, float(source_scale), float(target_scale))
+    source_scale, target_scale = float(source.parameters.scale), float(target.parameters.scale)
+    scale, codes, bias = tflite_kernels.with_int32_biases(step.path, linear, source_scale, target_scale)
     is_narrow = int4 and linear.format.bits <= 4 and linear.operation in ("conv", "dense")
     weights = file.constant(
         f"{step.path}/weights",

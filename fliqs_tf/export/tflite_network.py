@@ -43,17 +43,13 @@ def build(network: IntegerNetwork, int4: bool) -> TfliteNetwork:
       int4: Store weights of 4 bits or fewer as int4, where there are kernels.
 
     Raises:
-      ValueError: An input that is not float32 or has an open shape; weights or biases that are not finite.
+      ValueError: Weights or biases that are not finite.
     """
     file = TfliteFile()
     tensors = Tensors(file)
     roundings: dict[tuple[str, int], list[tflite_integer.Rounding]] = {}
     inputs = []
-    for value, name, shape, dtype in network.inputs:
-        if dtype != "float32":
-            raise ValueError(f"The input {name!r} is {dtype}; TFLite export takes float32 inputs.")
-        if None in shape:
-            raise ValueError(f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes.")
+    for value, name, shape, _ in network.inputs:
         tensors.name(value, name, shape)
         inputs.append(tensors.new_float(value, name))
     for step in network.steps:
@@ -111,7 +107,7 @@ def _compute(
     tensors: Tensors, step: Step, target: ActivationScale | None, int4: bool
 ) -> tflite_integer.Rounding | None:
     """An operation that computes: with an integer kernel from codes to codes, or else in float."""
-    given = [scale for scale in map(tensors.given, step.inputs) if scale is not None]
+    given = [scale for value in step.inputs if (scale := tensors.given(value)) is not None]
     if target is None or len(given) < len(step.inputs) or not tflite_integer.takes(step):
         tflite_float.write(tensors, step, tensors.new_float(step.output, step.path))
         return None

@@ -111,12 +111,3 @@ def test_roundings_belong_to_the_call_that_gives_the_value():
     assert place == "product"
     np.testing.assert_array_equal(rounding[0][1]["multiplier"], [0.5])  # 1 * 1 / 2
     assert not tflite_network.build(network(quantize(0, 1), add(1, 1, 2), quantize(2, 3), outputs=(3,)), True).roundings
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "message"),
-    [((4,), "int32", "'x' is int32; TFLite export takes float32"), ((None,), "float32", "'x' has the open shape")],
-)
-def test_inputs_that_a_file_cannot_have(shape, dtype, message):
-    with pytest.raises(ValueError, match=message):
-        tflite_network.build(network(outputs=(0,), inputs=((0, "x", shape, dtype),)), True)

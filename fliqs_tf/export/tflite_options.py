@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from fliqs_tf.export.steps import Step
 from fliqs_tf.export.tflite_file import TfliteFile
 
 ACTIVATIONS = {"linear": 0, "relu": 1, "relu6": 3}  # ActivationFunctionType
 _PADDING = {"same": 0, "valid": 1}
-Options = dict[str, int | bool]
+Options: TypeAlias = dict[str, int | bool]
 
 
 def activation(step: Step) -> Options:

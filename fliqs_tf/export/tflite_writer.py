@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import tensorflow as tf
+
 from fliqs_tf._keras import check_model, keras
 from fliqs_tf.export import biases, boundaries, lowering, tflite_network
 from fliqs_tf.graph import rewriting
@@ -21,7 +23,11 @@ _BATCH = 32  # examples of arrays that are computed at a time
 
 
 def tflite(
-    final: keras.Model, path: str | os.PathLike, representative: Iterable[Any] | None = None, *, int4: bool = True
+    final: keras.Model,
+    path: str | os.PathLike,
+    representative: tf.data.Dataset | Iterable[Any] | None = None,
+    *,
+    int4: bool = True,
 ) -> keras.Model:
     """Writes a deployed model to a `.tflite` file.
 

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import fliqs_tf
 from fliqs_tf import wrapping
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.graph.model_graph import ModelGraph
-from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.rounding import fake_quant
-from fliqs_tf.numerics.space import Space
-from fliqs_tf.quantize import copying
 from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
-from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
 
 L = keras.layers
@@ -26,10 +21,6 @@ OTHER = ["E2M1", "E4M3", "BF16"]
 
 def dense_chain(*names, width=3):
     return keras.Sequential([keras.Input((width,)), *(L.Dense(width, name=name) for name in names)], name="net")
-
-
-def stages():
-    return dense_chain("stage1_a", "stage1_b", "stage2_a", "stage2_b", "head")
 
 
 def convolutional():
@@ -106,90 +97,6 @@ def test_a_separable_convolution_is_one_decision_of_four_tensors():
     model = keras.Model(inputs, L.SeparableConv2D(4, 3, name="conv")(inputs))
     (decision,) = open_decisions(quantized_network(ModelGraph(model), FORMATS))
     assert (decision.layers, len(decision.quantizers)) == (["conv"], 4)
-
-
-# ---- rules
-
-
-def test_a_rule_restricts():
-    assert decided(dense_chain("a", "b"), rules=[("^a$", OTHER)]) == {
-        "a": (("E2M1", "E4M3", "BF16"), ["a"]),
-        "b": (("INT4", "INT8"), ["b"]),
-    }
-
-
-def test_a_rule_of_one_format_fixes():
-    network = quantized_network(ModelGraph(dense_chain("a", "b")), FORMATS, rules=[("a", ["INT8"])]).model
-    assert [d.name for d in open_decisions(ModelGraph(network))] == ["b"]
-    assert network.get_layer("a").weight_quantizers[0].space == Space(["INT8"])
-
-
-def test_a_rule_leaves_in_float():
-    network = quantized_network(ModelGraph(dense_chain("a", "b")), FORMATS, rules=[("a", None)]).model
-    assert [d.name for d in open_decisions(ModelGraph(network))] == ["b"]
-    assert type(network.get_layer("a")) is L.Dense
-
-
-def test_the_last_rule_that_matches_wins():
-    rules = [("", None), ("a|b", OTHER), ("b", ["INT4", "BF16"])]
-    assert decided(dense_chain("a", "b", "c"), rules=rules) == {
-        "a": (("E2M1", "E4M3", "BF16"), ["a"]),
-        "b": (("INT4", "BF16"), ["b"]),
-    }
-    assert decided(dense_chain("a", "b"), rules=[("b", OTHER), ("", None), ("a", FORMATS)]) == {
-        "a": (("INT4", "INT8"), ["a"])
-    }
-
-
-def test_a_rule_ties():
-    assert decided(stages(), rules=[Rule(r"^(stage\d)_", tie=r"\1")]) == {
-        "stage1": (("INT4", "INT8"), ["stage1_a", "stage1_b"]),
-        "stage2": (("INT4", "INT8"), ["stage2_a", "stage2_b"]),
-        "head": (("INT4", "INT8"), ["head"]),
-    }
-
-
-def test_a_rule_ties_with_formats_of_its_own():
-    assert decided(stages(), rules=[Rule("^stage1", OTHER, tie="first"), Rule("^stage2|head", None)]) == {
-        "first": (("E2M1", "E4M3", "BF16"), ["stage1_a", "stage1_b"])
-    }
-
-
-def test_tied_layers_may_have_their_tensors_apart():
-    assert decided(dense_chain("a", "b"), rules=[Rule("", tie="all")], tensors="separate") == {
-        "all/weights": (("INT4", "INT8"), ["a", "b"]),
-        "all/activations": (("INT4", "INT8"), ["a", "b"]),
-    }
-
-
-def test_one_decision_for_the_model_but_for_what_rules_say():
-    rules = [("a", OTHER), Rule("b|c", ["INT4", "BF16"], tie="pair"), Rule("d", tie="alone")]
-    assert decided(dense_chain("a", "b", "c", "d", "e", "f"), granularity="model", rules=rules) == {
-        "a": (("E2M1", "E4M3", "BF16"), ["a"]),
-        "pair": (("INT4", "BF16"), ["b", "c"]),
-        "alone": (("INT4", "INT8"), ["d"]),
-        "model": (("INT4", "INT8"), ["e", "f"]),
-    }
-
-
-def test_formats_and_rules_may_be_iterators():
-    rules = (rule for rule in [("^a$", (name for name in OTHER)), Rule("b", iter(["INT4", "BF16"]))])
-    assert decided(dense_chain("a", "b", "c"), iter(FORMATS), rules=rules) == {
-        "a": (("E2M1", "E4M3", "BF16"), ["a"]),
-        "b": (("INT4", "BF16"), ["b"]),
-        "c": (("INT4", "INT8"), ["c"]),
-    }
-    wrapped = fliqs_tf.wrap(
-        dense_chain("a", "b"), iter(FORMATS), (r for r in [("a", None)]), profile=None, target="onnx", tensors="weights"
-    )
-    assert [(d.name, d.options) for d in wrapped.decisions] == [("b", ("INT4", "INT8"))]
-
-
-def test_patterns_search_in_paths():
-    inner = dense_chain("a", "b")
-    model = keras.Sequential([keras.Input((3,)), inner, L.Dense(3, name="a")])
-    assert list(decided(model, rules=[("^net/a$", None)])) == ["net/b", "a"]
-    assert list(decided(model, rules=[("^a", None)])) == ["net/a", "net/b"]
 
 
 # ---- the copy
@@ -348,145 +255,6 @@ def test_a_model_of_the_other_keras():
     switch = "set TF_USE_LEGACY_KERAS=1" if IS_KERAS_3 else "unset TF_USE_LEGACY_KERAS"
     with pytest.raises(TypeError, match=f"is a model of .*but tf.keras is .*{switch} before Python starts"):
         quantized_network(ModelGraph(model), FORMATS)
-
-
-def test_a_rule_cannot_be_changed():
-    with pytest.raises(AttributeError):
-        Rule("fc").tie = "all"
-
-
-# ---- fixed formats
-
-
-def formats_of(network):
-    """{layer: (weights, input)}"""
-    return {
-        path: (
-            *layer.weight_quantizers[0].space.names,
-            *(layer.activation_quantizer.space.names if layer.activation_quantizer is not None else ("FP32",)),
-        )
-        for path, layer in ModelGraph(network).layers
-        if isinstance(layer, Quantized)
-    }
-
-
-KINDS = {
-    "together": (
-        Recipe({"a": "INT8", "b": "INT4"}),
-        {},
-        {"a": ("INT8", "INT8"), "b": ("INT4", "INT4")},
-    ),
-    "weights": (
-        Recipe({"a": "INT8", "b": "INT4"}, "weights"),
-        {"tensors": "weights"},
-        {"a": ("INT8", "FP32"), "b": ("INT4", "FP32")},
-    ),
-    "separate": (
-        Recipe(
-            {"a/weights": "INT4", "a/activations": "INT8", "b/weights": "INT8", "b/activations": "INT4"}, "separate"
-        ),
-        {"tensors": "separate"},
-        {"a": ("INT4", "INT8"), "b": ("INT8", "INT4")},
-    ),
-    "tied": (
-        Recipe({"all": "INT4"}, layers={"all": ("a", "b")}),
-        {"rules": [Rule("", tie="all")]},
-        {"a": ("INT4", "INT4"), "b": ("INT4", "INT4")},
-    ),
-    "tied and separate": (
-        Recipe(
-            {"all/weights": "INT4", "all/activations": "INT8"},
-            "separate",
-            {"all/weights": ("a", "b"), "all/activations": ("a", "b")},
-        ),
-        {"rules": [Rule("", tie="all")], "tensors": "separate"},
-        {"a": ("INT4", "INT8"), "b": ("INT4", "INT8")},
-    ),
-    "a layer in float": (
-        Recipe({"b": "INT4"}, info={"float_layers": ["a"]}),
-        {"rules": [("a", None)]},
-        {"b": ("INT4", "INT4")},
-    ),
-}
-
-
-@pytest.mark.parametrize("recipe, options, expected", KINDS.values(), ids=KINDS)
-def test_recipes_of_every_kind(recipe, options, expected):
-    """Applied to the float model, and fixed in the searched one: the same formats, decisions and outputs."""
-    model = randomized(dense_chain("a", "b"))
-    applied = wrapping.apply(model, recipe)
-    searched = quantized_network(ModelGraph(model), FORMATS, **options).model
-    fixed = copying.fixed(ModelGraph(searched), recipe.formats).model
-    choose(searched, recipe.formats)
-    for network in (applied, fixed):
-        assert formats_of(network) == expected
-        assert open_decisions(ModelGraph(network)) == []
-        np.testing.assert_array_equal(outputs(network), outputs(searched))
-    for path in expected:
-        a, b = applied.get_layer(path), fixed.get_layer(path)
-        assert a.weight_decision == b.weight_decision
-        if a.activation_quantizers:
-            assert a.activation_decision == b.activation_decision
-
-
-def test_one_format_for_every_layer():
-    model = randomized(dense_chain("a", "b"))
-    assert formats_of(wrapping.apply(model, "int4")) == {"a": ("INT4", "INT4"), "b": ("INT4", "INT4")}
-    np.testing.assert_array_equal(outputs(wrapping.apply(model, "FP32")), outputs(model))
-
-
-def test_apply_leaves_the_model_and_trains_on_its_own():
-    model = randomized(convolutional())
-    before = model.get_weights()
-    network = wrapping.apply(model, "INT8")
-    network.compile("sgd", "mse")
-    network.fit(np.ones((4, 8, 8, 3)), np.ones((4, 5)), verbose=0)
-    for a, b in zip(model.get_weights(), before):
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize(
-    "recipe, why",
-    [
-        (Recipe({"a": "INT4"}), "does not fit model 'net': no format for 'b'"),
-        (Recipe({"a": "INT4", "b": "INT4", "c": "INT4"}), "unknown 'c'"),
-        (Recipe({"all": "INT4"}, layers={"all": ("a", "x")}), "no format for 'b'; unknown 'x'"),
-        (Recipe({"a": "INT4", "b": "INT4"}, info={"float_layers": ["b"]}), "unknown 'b'"),
-        ("INT99", "Unknown format 'INT99'"),
-        (None, "given by its name, got None"),
-    ],
-)
-def test_recipes_that_do_not_fit(recipe, why):
-    with pytest.raises(ValueError, match=why):
-        wrapping.apply(dense_chain("a", "b"), recipe)
-
-
-def test_fixing_keeps_weights_ranges_and_what_was_fixed_already():
-    model = randomized(convolutional())
-    network = quantized_network(ModelGraph(model), FORMATS, rules=[("conv", ["E4M3"])]).model
-    x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
-    network(x, training=True)
-    choose(network, {"fc": "INT4"})
-    fixed = copying.fixed(ModelGraph(network), {"fc": "INT4"}).model
-    assert formats_of(fixed) == {"conv": ("E4M3", "E4M3"), "fc": ("INT4", "INT4")}
-    np.testing.assert_array_equal(fixed(x), network(x))
-    for path in ("conv", "fc"):
-        a = fixed.get_layer(path).activation_quantizer.range
-        np.testing.assert_array_equal(a.numpy(), network.get_layer(path).activation_quantizer.range.numpy())
-
-
-def test_copies_and_files_keep_what_is_set_on_the_quantizers(tmp_path):
-    network = quantized_network(ModelGraph(convolutional()), ["INT4", "INT8"]).model
-    quantizers = [q for _, layer in ModelGraph(network).layers for q in getattr(layer, "activation_quantizers", ())]
-    for i, quantizer in enumerate(quantizers):
-        quantizer.clip = 1 - i / 8
-    fixed = copying.fixed(
-        ModelGraph(network), {path: "INT4" for path, _ in ModelGraph(convolutional()).with_kernels}
-    ).model
-    fixed.save(tmp_path / "fixed.keras")
-    for copy in (fixed, keras.models.load_model(tmp_path / "fixed.keras")):
-        copies = [q for _, layer in ModelGraph(copy).layers for q in getattr(layer, "activation_quantizers", ())]
-        assert [q.clip for q in copies] == [1 - i / 8 for i in range(len(quantizers))] and len(copies) > 1
 
 
 class TrainsItself(keras.Model):

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from fliqs_tf.reporting import pictures
+from fliqs_tf.reporting import curves, palette, pictures
 
 S_INT = ["INT4", "INT8", "BF16"]
 L_FLOAT = ["E2M1", "E2M2", "E3M1", "E2M3", "E3M2", "E4M1", "E2M4", "E3M3", "E4M2", "E5M1"]
@@ -62,29 +62,6 @@ def overlapping(figure):
     return outside, pairs
 
 
-# Colours.
-
-
-def test_more_bits_are_darker():
-    def lightness(name):
-        return np.dot(pictures.color(name), [0.299, 0.587, 0.114])
-
-    values = [lightness(name) for name in ("INT2", "INT3", "INT4", "INT5", "INT6", "INT7", "INT8", "BF16", "FP32")]
-    assert values == sorted(values, reverse=True)
-    assert all(a - b > 0.02 for a, b in itertools.pairwise(values))
-
-
-def test_formats_that_stand_in_one_menu_have_colours_apart():
-    for formats in (L_FLOAT, ["INT4", "INT8", "E2M1", "E4M3", "BF16"], ["INT4", "INT5", "INT6", "INT7", "INT8"]):
-        for a, b in itertools.combinations(formats, 2):
-            distance = np.abs(np.subtract(pictures.color(a), pictures.color(b))).max()
-            assert distance > 0.03, (a, b)
-
-
-def test_names_that_are_no_format_are_grey():
-    assert len(set(pictures.color("kernel 3x3"))) == 1
-
-
 # Formats per layer.
 
 
@@ -93,7 +70,7 @@ def test_bar_heights_are_shares_of_the_cost_and_colours_the_formats():
     bars = pictures.formats_figure(layers).axes[0]
     assert [bar.get_height() for bar in bars.patches] == pytest.approx([10, 60, 30, 0])
     for bar, name in zip(bars.patches, ["INT4", "INT8", "E4M3", "FP32"], strict=True):
-        assert to_rgb(bar.get_facecolor()) == pytest.approx(pictures.color(name))
+        assert to_rgb(bar.get_facecolor()) == pytest.approx(palette.color(name))
     assert [bar.get_hatch() for bar in bars.patches] == [None, None, "////", "xxx"]
     assert bars.get_ylabel() == "share of the total cost (%)"
 
@@ -104,8 +81,8 @@ def test_differing_weights_and_activations_are_both_shown():
     left, right, both = bars.patches
     assert (left.get_height(), right.get_height(), both.get_height()) == pytest.approx((25, 25, 75))
     assert left.get_x() + left.get_width() == pytest.approx(0) == pytest.approx(right.get_x())
-    assert to_rgb(left.get_facecolor()) == pytest.approx(pictures.color("INT4"))
-    assert to_rgb(right.get_facecolor()) == pytest.approx(pictures.color("INT8"))
+    assert to_rgb(left.get_facecolor()) == pytest.approx(palette.color("INT4"))
+    assert to_rgb(right.get_facecolor()) == pytest.approx(palette.color("INT8"))
     assert both.get_width() == pytest.approx(0.8)
     assert [label.get_text() for label in strip.get_yticklabels()] == ["weights", "activations"]
     assert [text.get_text() for text in strip.texts] == ["INT4", "INT8", "INT8", "INT8"]
@@ -116,7 +93,7 @@ def test_tiles_name_the_format_of_every_layer_in_its_colour():
     _, strip = pictures.formats_figure(layers).axes
     assert [text.get_text() for text in strip.texts] == ["INT4", "E5M2", "FP32"]
     assert [to_rgb(tile.get_facecolor()) for tile in strip.patches] == [
-        pytest.approx(pictures.color(name)) for name in ("INT4", "E5M2", "FP32")
+        pytest.approx(palette.color(name)) for name in ("INT4", "E5M2", "FP32")
     ]
     assert [label.get_text() for label in strip.get_xticklabels()] == ["first", "free", "float"]
     assert [label.get_text() for label in strip.get_yticklabels()] == ["format"]
@@ -163,7 +140,7 @@ def test_strips_show_the_probabilities_stacked_from_few_bits_to_many():
     names = ["INT4", "INT8", "BF16"]
 
     def shares(column):
-        nearest = [np.abs(image[:, column] - pictures.color(name)).sum(-1) < 1e-6 for name in names]
+        nearest = [np.abs(image[:, column] - palette.color(name)).sum(-1) < 1e-6 for name in names]
         assert np.all(np.sum(nearest, axis=0) == 1)
         return [float(hit.mean()) for hit in nearest]
 
@@ -174,8 +151,8 @@ def test_strips_show_the_probabilities_stacked_from_few_bits_to_many():
     assert shares(int(0.55 * columns)) == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
     assert shares(columns - 1) == pytest.approx([0, 1, 0], abs=0.03)
     # Row 0 of an image is its top.
-    assert tuple(image[-1, 0]) == pytest.approx(pictures.color("INT4"))
-    assert tuple(image[0, 0]) == pytest.approx(pictures.color("BF16"))
+    assert tuple(image[-1, 0]) == pytest.approx(palette.color("INT4"))
+    assert tuple(image[0, 0]) == pytest.approx(palette.color("BF16"))
     assert [text.get_text() for text in axes.texts] == ["INT8  100%"]
 
 
@@ -237,7 +214,7 @@ def panel(figure, title):
 
 
 def test_curves_have_a_panel_per_reading_with_units():
-    figure = pictures.curves_figure(rows(), "GBOPs")
+    figure = curves.curves_figure(rows(), "GBOPs")
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
     assert titles == [
         "Reward",
@@ -259,7 +236,7 @@ def test_curves_have_a_panel_per_reading_with_units():
 
 
 def test_curves_draw_only_what_there_is():
-    figure = pictures.curves_figure([{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}, {"step": 2}])
+    figure = curves.curves_figure([{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}, {"step": 2}])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Training loss"]
     assert figure.axes[0].get_xlabel() == "step"
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0, 1], [1, 0.5]]
@@ -267,15 +244,15 @@ def test_curves_draw_only_what_there_is():
 
 def test_what_is_no_finite_number_is_left_out():
     data = [{"step": i, "loss": value} for i, value in enumerate([3.0, float("nan"), None, float("inf"), "high", 1.0])]
-    assert pictures.curves_figure(data).axes[0].lines[0].get_xydata().tolist() == [[0, 3], [5, 1]]
-    assert not pictures.has_curve({"step": 1, "loss": float("nan"), "lr": 3.0})
-    assert pictures.has_curve({"step": 1, "baseline": 0.0})
+    assert curves.curves_figure(data).axes[0].lines[0].get_xydata().tolist() == [[0, 3], [5, 1]]
+    assert not curves.has_curve({"step": 1, "loss": float("nan"), "lr": 3.0})
+    assert curves.has_curve({"step": 1, "baseline": 0.0})
 
 
 def test_running_mean_keeps_constants_and_follows_a_step():
-    assert pictures._running_mean(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
+    assert curves._running_mean(np.full(200, 3.0)) == pytest.approx(np.full(200, 3.0))
     step = np.repeat([0.0, 1.0], 100)
-    mean = pictures._running_mean(step)
+    mean = curves._running_mean(step)
     assert mean[:90] == pytest.approx(0) and mean[110:] == pytest.approx(1)
     assert 0.3 < mean[100] < 0.7
     # Windows of 2 * 5 + 1 readings inside, narrower at the ends.
@@ -285,12 +262,12 @@ def test_running_mean_keeps_constants_and_follows_a_step():
 @pytest.mark.parametrize("keys", [("loss",), ("loss", "reward"), ("loss", "reward", "entropy", "accuracy"), None])
 def test_no_text_of_the_curves_covers_another(keys):
     data = [row if keys is None else {"step": row["step"], **{k: row[k] for k in keys}} for row in rows(2000)]
-    assert overlapping(pictures.curves_figure(data, "GBOPs")) == ([], [])
+    assert overlapping(curves.curves_figure(data, "GBOPs")) == ([], [])
 
 
 def test_no_curves():
     with pytest.raises(ValueError, match="no curves to draw"):
-        pictures.curves_figure([{"step": 3, "probabilities": {}}])
+        curves.curves_figure([{"step": 3, "probabilities": {}}])
 
 
 # All of them.
@@ -298,7 +275,7 @@ def test_no_curves():
 DRAW = {
     "formats": lambda: pictures.formats_figure([layer("a", 1.0, "INT4")]),
     "probabilities": lambda: pictures.probabilities_figure([0], [np.ones((1, 1))], ["a"], [["INT4"]]),
-    "curves": lambda: pictures.curves_figure([{"step": 0, "loss": 1.0}]),
+    "curves": lambda: curves.curves_figure([{"step": 0, "loss": 1.0}]),
 }
 
 

@@ -8,13 +8,13 @@ or metrics, so that a run that was stopped can be looked at too):
 * `recipe.json`: {"formats": {decision: format}, "cost", "cost_unit", "target_cost", "accuracy", "reference": [{"name",
   "accuracy", "cost"}], "layers_table": [{"name", "macs", "weights", "weight_format", "activation_format", "cost",
   "decision"}], "seed", "versions", "flags"}; for text also "bits_per_character" beside "accuracy".
-* `metrics.jsonl`: a JSON object per line with "step" and readings (see `pictures.curves_figure`); some also have
+* `metrics.jsonl`: a JSON object per line with "step" and readings (see `curves.curves_figure`); some also have
   "probabilities": {decision: [p, ...]}.
 * `budgets.json`: {"budgets": [{"cost", "loss", "deviation"}], "uniform": {format: the same}, "trained": the same or
   null}, what the critic expects of other budgets.
 * `decisions.json`: [{"name": decision, "options": [format, ...]}].
 
-The functions that draw are in `fliqs_tf.reporting.pictures`; this module reads, saves and writes the page.
+The functions that draw are in `pictures`, `curves` and `budgets`; this module reads, saves and writes the page.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fliqs_tf.io.files import read_json, replacing, write_text
-from fliqs_tf.reporting import pictures
+from fliqs_tf.reporting import budgets, curves, pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,11 +79,11 @@ def write_report(run_dir: str | os.PathLike) -> list[pathlib.Path]:
     history = _probabilities(rows, _read(run_dir / _DECISIONS, _check_decisions, []))
     if history:
         drawn.append(("probabilities.png", pictures.probabilities_figure(*history)))
-    if any(pictures.has_curve(row) for row in rows):
-        drawn.append(("curves.png", pictures.curves_figure(rows, unit)))
+    if any(curves.has_curve(row) for row in rows):
+        drawn.append(("curves.png", curves.curves_figure(rows, unit)))
     known = _read(run_dir / _BUDGETS, _check_budgets, {})
     if known.get("budgets"):
-        figure = pictures.budgets_figure(known["budgets"], known.get("uniform", {}), known.get("trained"), unit)
+        figure = budgets.budgets_figure(known["budgets"], known.get("uniform", {}), known.get("trained"), unit)
         drawn.append(("budgets.png", figure))
 
     written = []

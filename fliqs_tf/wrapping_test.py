@@ -1,0 +1,80 @@
+"""`apply`: a model in the formats of a recipe."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from fliqs_tf import wrapping
+from fliqs_tf._keras import keras
+from fliqs_tf.graph.model_graph import ModelGraph
+from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.quantize.recipe import Recipe
+
+L = keras.layers
+
+
+def dense_chain(*names, width=3):
+    return keras.Sequential([keras.Input((width,)), *(L.Dense(width, name=name) for name in names)], name="net")
+
+
+def convolutional():
+    inputs = keras.Input((8, 8, 3), name="image")
+    x = L.Conv2D(4, 3, name="conv")(inputs)
+    x = L.ReLU(name="relu")(L.BatchNormalization(name="bn")(x))
+    x = L.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, L.Dense(5, name="fc")(x), name="net")
+
+
+def randomized(model, seed=0):
+    rng = np.random.default_rng(seed)
+    model.set_weights([rng.uniform(0.1, 1, w.shape).astype(w.dtype) for w in model.get_weights()])
+    return model
+
+
+def outputs(model, seed=0):
+    rng = np.random.default_rng(seed)
+    return model(tf.constant(rng.standard_normal((4, *model.inputs[0].shape[1:])), tf.float32)).numpy()
+
+
+def formats_of(network):
+    """{layer: (weights, input)}"""
+    return {
+        path: (
+            *layer.weight_quantizers[0].space.names,
+            *(layer.activation_quantizer.space.names if layer.activation_quantizer is not None else ("FP32",)),
+        )
+        for path, layer in ModelGraph(network).layers
+        if isinstance(layer, Quantized)
+    }
+
+
+def test_one_format_for_every_layer():
+    model = randomized(dense_chain("a", "b"))
+    assert formats_of(wrapping.apply(model, "int4")) == {"a": ("INT4", "INT4"), "b": ("INT4", "INT4")}
+    np.testing.assert_array_equal(outputs(wrapping.apply(model, "FP32")), outputs(model))
+
+
+def test_apply_leaves_the_model_and_trains_on_its_own():
+    model = randomized(convolutional())
+    before = model.get_weights()
+    network = wrapping.apply(model, "INT8")
+    network.compile("sgd", "mse")
+    network.fit(np.ones((4, 8, 8, 3)), np.ones((4, 5)), verbose=0)
+    for a, b in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "recipe, why",
+    [
+        (Recipe({"a": "INT4"}), "does not fit model 'net': no format for 'b'"),
+        (Recipe({"a": "INT4", "b": "INT4", "c": "INT4"}), "unknown 'c'"),
+        (Recipe({"all": "INT4"}, layers={"all": ("a", "x")}), "no format for 'b'; unknown 'x'"),
+        (Recipe({"a": "INT4", "b": "INT4"}, info={"float_layers": ["b"]}), "unknown 'b'"),
+        ("INT99", "Unknown format 'INT99'"),
+        (None, "given by its name, got None"),
+    ],
+)
+def test_recipes_that_do_not_fit(recipe, why):
+    with pytest.raises(ValueError, match=why):
+        wrapping.apply(dense_chain("a", "b"), recipe)
