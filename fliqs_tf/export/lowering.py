@@ -1,8 +1,8 @@
-"""A deployed Keras model as a list of steps: what an exporter of integer networks writes out.
+"""A deployed Keras model as a list of steps, for exporters of integer networks to write.
 
-Here batch normalization disappears into the layer before it. Symmetric scales per output channel make that exact for
-the codes: gain * (scale * code) = (|gain| * scale) * (sign(gain) * code). Only the scales change, and codes of channels
-with negative gain change their sign: the codes that were trained are the codes that ship.
+Batch normalization is folded into the layer in front of it. With symmetric scales per output channel that leaves the
+codes exact: gain * (scale * code) = (|gain| * scale) * (sign(gain) * code). Only the scales change, and the signs of
+codes in channels of negative gain: the codes that were trained are the codes that ship.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ Reader: TypeAlias = Callable[[keras.layers.Layer, str, list[Shape]], Read]
 
 
 def steps(graph: ModelGraph) -> IntegerNetwork:
-    """Reads a deployed model.
+    """The steps of a deployed model.
 
     Args:
-      graph: Of a Functional or Sequential model, every format fixed.
+      graph: Of a Functional or Sequential model, with every format fixed.
+
+    Returns:
+      Its steps in an order in which they can run, without identities, and with batch normalization and ReLU merged into
+      the steps before them where kernels can do both.
 
     Raises:
-      ValueError: Names the layer that cannot be read, and why.
+      ValueError: A layer has no counterpart in an integer network, several formats, or no range; names the layer.
     """
     flow = graph.dataflow
     found: list[Step] = []
@@ -53,10 +57,10 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
 
 
 def check_layers(graph: ModelGraph) -> None:
-    """Raises, before any training, if a layer of a network has no counterpart in a file.
+    """Raises, before anything is trained, if a layer of a network has no counterpart in a TFLite file.
 
     Raises:
-      ValueError: Names the layer.
+      ValueError: Names the layer, and other exporters.
     """
     for call, inputs, output in _shaped(graph.dataflow):
         if isinstance(call.layer, Quantized):
@@ -78,13 +82,13 @@ def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[Shape
 
 
 def _output_shape(call: dataflow.Call, inputs: list[Shape]) -> Shape:
-    if reason := why_not(call.path, call.layer):  # a composite layer, for one, does not say what shape it gives
+    if reason := why_not(call.path, call.layer):  # before asking for its shape, which a composite layer does not know
         raise ValueError(reason)
     if len(inputs) > 1 or isinstance(call.layer, (_LAYERS.Add, _LAYERS.Multiply, _LAYERS.Concatenate)):
         shape = call.layer.compute_output_shape(inputs)
     else:
         shape = call.layer.compute_output_shape(inputs[0])
-    if isinstance(walking.unwrapped(call.layer), _LAYERS.EinsumDense):  # it may leave sizes open that its input has
+    if isinstance(walking.unwrapped(call.layer), _LAYERS.EinsumDense):  # it may leave open what its input knows
         shape = (*inputs[0][:-1], shape[-1])
     return tuple(shape)[1:]
 
@@ -94,7 +98,7 @@ def unsupported(path: str, layer: keras.layers.Layer, why: str = "") -> ValueErr
     layer = getattr(layer, "quantized_layer", layer)
     return ValueError(
         f"Layer {path!r} of class {type(layer).__name__} cannot be exported to TFLite{': ' + why if why else ''}. "
-        f"Take fliqs_tf.export.onnx or fliqs_tf.export.packed, or tf.lite.TFLiteConverter for a float file."
+        f"Use fliqs_tf.export.onnx or fliqs_tf.export.packed, or tf.lite.TFLiteConverter for a float file."
     )
 
 
@@ -135,7 +139,7 @@ def _read(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Iterat
 def _merging_steps(
     call: dataflow.Call, kind: str, inputs: list[Shape], output: Shape, fresh: Iterator[int]
 ) -> list[Step]:
-    """An operation on several values; those of lower rank first get axes behind that of examples, as in Keras."""
+    """An operation on several values. As in Keras, values of lower rank first get axes right after the batch axis."""
     rank = max(len(shape) for shape in inputs)
     made, values, shapes = [], list(call.inputs), [(*[1] * (rank - len(shape)), *shape) for shape in inputs]
     for i, (narrow, wide) in enumerate(zip(inputs, shapes)):
@@ -146,10 +150,14 @@ def _merging_steps(
 
 
 def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> ActivationScale:
-    """What a quantizer of one fixed format rounds to.
+    """The format and the range that a fixed quantizer rounds to.
+
+    Args:
+      quantizer: The quantizer.
+      path: Path of its layer, for errors.
 
     Raises:
-      ValueError: Several formats, a format without integer or float kernels, or no range.
+      ValueError: It has several formats, one that TFLite has no kernels for, or no range.
     """
     (fmt,) = _fixed(quantizer, path)
     amax, seen = np.float32(quantizer.range[0]), float(quantizer.range[1])
@@ -163,12 +171,12 @@ def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> Activation
 def _fixed(quantizer: Quantizer, path: str) -> tuple[Format, ...]:
     if len(quantizer.space) > 1:
         raise ValueError(
-            f"Layer {path!r} may still take {len(quantizer.space)} formats: export what qmodel.deploy() gives."
+            f"Layer {path!r} may still take {len(quantizer.space)} formats: export what qmodel.deploy() returns."
         )
     for fmt in quantizer.space.formats:
         if not fmt.is_integer and fmt.is_scaled:
             raise ValueError(
-                f"Layer {path!r} has the format {fmt}, and TFLite has no kernels for it. fliqs_tf.export.packed "
+                f"Layer {path!r} has the format {fmt}, for which TFLite has no kernels. fliqs_tf.export.packed "
                 f"writes any format, fliqs_tf.export.onnx E4M3, E5M2 and E2M1."
             )
     return quantizer.space.formats
@@ -254,7 +262,7 @@ def _operation(path: str, layer: keras.layers.Layer, shape: Shape | None) -> str
 
 def _window(layer: keras.layers.Layer, path: str) -> dict[str, Any]:
     if getattr(layer, "data_format", "channels_last") != "channels_last":
-        raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
+        raise unsupported(path, layer, "it has data_format 'channels_first', and LiteRT's kernels have channels last")
     strides = layer.strides if isinstance(layer.strides, (tuple, list)) else (layer.strides,) * 2
     dilation = getattr(layer, "dilation_rate", 1)
     dilation = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * 2
@@ -346,7 +354,9 @@ def _pooling(kind: str) -> Reader:
 def _global_pooling(kind: str) -> Reader:
     def read(layer: keras.layers.Layer, path: str, inputs: list[Shape]) -> Read:
         if getattr(layer, "data_format", "channels_last") != "channels_last":
-            raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
+            raise unsupported(
+                path, layer, "it has data_format 'channels_first', and LiteRT's kernels have channels last"
+            )
         return kind, {"keepdims": bool(layer.keepdims)}
 
     return read
@@ -366,7 +376,7 @@ def _concatenation(layer: keras.layers.Concatenate, path: str, inputs: list[Shap
     rank = len(inputs[0]) + 1
     axis = layer.axis % rank
     if axis == 0:
-        raise unsupported(path, layer, "it joins examples")
+        raise unsupported(path, layer, "it joins along the batch axis")
     return "concatenate", {"axis": axis}
 
 
@@ -405,7 +415,7 @@ _READERS: dict[type, Reader] = {
 
 
 def _without_identities(found: list[Step], outputs: Container[int]) -> list[Step]:
-    """Drops steps that give what they read, but for those that make an output."""
+    """Drops steps that return what they read, except those that make an output of the network."""
     same: dict[int, int] = {}
     kept = []
     for step in found:
@@ -419,7 +429,7 @@ def _without_identities(found: list[Step], outputs: Container[int]) -> list[Step
 
 
 def _merged(found: list[Step], outputs: Container[int]) -> list[Step]:
-    """Batch normalization goes into the linear step before it; ReLU into the linear, affine or adding step."""
+    """Merges batch normalization into the linear step before it, and ReLU into the linear, affine or adding step."""
     counts: dict[int, int] = {}
     for step in found:
         for value in step.inputs:
@@ -464,11 +474,11 @@ def _takes(before: Step, step: Step) -> bool:
 
 
 def round_biases(graph: ModelGraph) -> None:
-    """Moves biases to the multiples of (input scale * weight scale) that int32 biases can be.
+    """Moves biases to multiples of (input scale * weight scale), which is what int32 biases are.
 
-    By at most half of one, which is far less than quantization moves them about; but left as they are, rounding them in
-    the file would show in outputs. Changes the biases of layers and the betas of batch normalization in place. Inputs
-    of layers in float formats are rounded no more: the file computes these in float32.
+    Each moves by at most half a multiple. That is far less than quantization changes an output by; but if only the file
+    rounded its biases, its outputs would differ. Changes the biases of layers and the betas of batch normalization in
+    place. Inputs of layers in float formats are no longer rounded: the file computes these layers in float32.
 
     Args:
       graph: Of a deployed model with boundary quantizers.
@@ -479,7 +489,7 @@ def round_biases(graph: ModelGraph) -> None:
                 quantizer.pass_through()
     network = steps(graph)
     activation_scales = {step.output: step.options["scale"] for step in network.steps if step.kind == "quantize"}
-    moves: dict[int, tuple] = {}  # variable by id -> it, and how far each call of its layer wants it moved
+    moves: dict[int, tuple] = {}  # id of a variable -> it, and how far each call of its layer would move it
     for step in network.steps:
         if step.shift is None or not all(
             v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs

@@ -1,13 +1,13 @@
-"""A deployed model to one `.tflite` file with integer kernels.
+"""Writes a deployed model as a `.tflite` file with integer kernels.
 
 Every tensor between integer kernels is int8. What a code means:
 
 * INT8: value = scale * code, scale = amax / 127.
 * INT2 .. INT7 with largest code m: the kernel before writes value = scale * (code - z), scale = amax / m, with the zero
-  point z at which int8 ends where the format ends: z = 127 - m cuts off above m; where values can be negative, a
+  point z for which int8 ends where the format ends: z = 127 - m cuts off above m; where values can be negative, a
   second tensor with z = m - 128 cuts off below -m. Then the codes are spread by k = 127 // m (scale / k, code * k),
   which changes no value, but gives the accumulators and biases of the next kernel k times finer steps: LiteRT
-  rounds them, and coarse ones would show.
+  rounds them, and coarse steps would show in its outputs.
 
 Weights of 4 bits or fewer are int4 where there are kernels (CONV_2D, FULLY_CONNECTED), all others int8. Layers in float
 formats compute in float32 between DEQUANTIZE and QUANTIZE, on inputs that are not rounded.
@@ -49,24 +49,25 @@ def tflite(
     """Writes a deployed model to a `.tflite` file.
 
     Args:
-      final: What `qmodel.deploy()` or `fliqs_tf.apply` gave, trained. Stays as it is.
-      path: The file to write. It is whole or not there.
+      final: What `qmodel.deploy()` or `fliqs_tf.apply` returned, trained. It is not changed.
+      path: The file to write. It is written whole or not at all.
       representative: Examples, for the ranges of int8 tensors that a model trained without `target="tflite"` lacks:
-        arrays, or batches as a `tf.data.Dataset`, list or generator, labels or not; see `fliqs_tf.io.batches`. Enough
-        that typical extremes are among them: a few hundred.
+        arrays, or batches as a `tf.data.Dataset`, list or generator, with labels or without; see `fliqs_tf.io.batches`.
+        A few hundred, so that typical extremes are among them.
       int4: Store weights of 4 bits or fewer as int4, two to a byte, where there are kernels. XNNPACK has none for
         convolutions: LiteRT's own are slower and round twice. False: one to a byte, faster and exact, twice the size.
 
     Returns:
-      The Keras model that the file computes: `final` with boundary quantizers (`fliqs_tf.export.boundaries`), biases as
-        int32 can hold them, and the rounding of the kernels that round in a way of their own. `check` of it shows
-        whether the file is right; `check` of `final` what the way to the file has cost.
+      The Keras model that the file computes: `final` with boundary quantizers (`fliqs_tf.export.boundaries`), with
+        biases that int32 can hold, and with the roundings of kernels that round in ways of their own. `check` with it
+        shows whether the file is right; `check` with `final` shows what the conversion costs.
 
     Raises:
-      TypeError: The model is of the other Keras, or `representative` something else than examples.
-      ValueError: A layer or a format that TFLite does not have, or missing ranges; names the layer. Or examples that
-        do not fit the model.
       ImportError: ai-edge-litert is not installed.
+      TypeError: The model is of the other Keras, or `representative` does not hold examples.
+      ValueError: TFLite has no kernel for a layer or a format, or a range is missing: names the layer. Or the examples
+        do not fit the model.
+      OSError: The file cannot be written.
     """
     check_model(final)
     try:
@@ -74,7 +75,7 @@ def tflite(
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
     graph = ModelGraph(final)
-    lowering.check_layers(graph)  # before it is copied: some layers that have no form have no copy either
+    lowering.check_layers(graph)  # before it is copied: some of the layers that TFLite lacks cannot be copied
     graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, graph.model, "representative")
     boundaries.calibrate(graph, None if examples is None else (batch.x for batch in examples.in_order(_BATCH)))
@@ -87,7 +88,7 @@ def tflite(
 
 
 def as_shipped(graph: ModelGraph) -> ModelGraph:
-    """A copy of a trained model with boundary quantizers, computing what its file will: what `tflite` returns."""
+    """A copy of a trained model that computes what its file will, as `tflite` returns it, without writing the file."""
     graph = boundaries.with_boundary_quantizers(graph)
     lowering.round_biases(graph)
     writer = _Writer(lowering.steps(graph), int4=True)
@@ -114,8 +115,8 @@ class _Writer:
 
     def __init__(self, network: IntegerNetwork, int4: bool) -> None:
         self.network, self.int4 = network, int4
-        # Last call of a step -> class and state of what rounds behind it; several in a network that is called several
-        # times. Of a separable convolution's two kernels the second one's: there is no place between them.
+        # Last call of a step -> class and state of what rounds behind it: several, if its network is called several
+        # times. Of the two kernels of a separable convolution only the second one's: there is no place between them.
         self.roundings: dict[tuple[str, int], list[tuple[type, dict]]] = {}
         self.file = TfliteFile()
         self.readers = network.readers()
@@ -131,7 +132,7 @@ class _Writer:
         return self.file.to_bytes(*self.run(), description)
 
     def run(self) -> tuple[list[int], list[int]]:
-        """Writes every step; gives the tensors of inputs and outputs."""
+        """Writes every step; returns the tensors of inputs and outputs."""
         inputs = []
         for value, name, shape, dtype in self.network.inputs:
             if dtype != "float32":
@@ -166,7 +167,7 @@ class _Writer:
     def as_codes(self, value: int, activation_scale: ActivationScale) -> int:
         """The int8 tensor of a value at a scale."""
         if activation_scale not in self.codes.setdefault(value, {}):
-            # From another scale by way of float: LiteRT's own step between two int8 tensors is off in 3 of 100 values.
+            # From another scale through float: LiteRT's own step between two int8 scales is off in 3 % of the values.
             before = self.given(value)
             fits = before is not None and before.amax * np.float32(_LARGEST + 1) / before.largest < (
                 (activation_scale.largest + 0.49) * activation_scale.scale
@@ -189,7 +190,7 @@ class _Writer:
         return _Raw(self._int8(value, parameters), parameters, zero_points[1:])
 
     def _finish(self, value: int, activation_scale: ActivationScale, raw: _Raw) -> None:
-        """From what the kernel wrote to the codes that all readers take."""
+        """Takes what the kernel wrote to the codes that all readers read."""
         tensor = raw.tensor
         last = [QuantizationParameters(activation_scale.scale, z) for z in raw.zero_points]
         if activation_scale.spread > 1:
@@ -228,7 +229,7 @@ class _Writer:
         )
 
     def given(self, value: int) -> ActivationScale | None:
-        """The scale of a value that is made in codes; those that readers of a float value round it to are theirs."""
+        """The scale of a value that is made as codes; None for one that is made in float, whatever its readers do."""
         return None if value in self.in_float else next(iter(self.codes.get(value, ())), None)
 
     def constant(
@@ -277,13 +278,13 @@ class _Writer:
             self.roundings.setdefault(step.last, []).append(rounding)
 
     def quantize(self, step: Step) -> None:
-        """A value takes a scale."""
+        """Gives a value a scale."""
         (value,), activation_scale = step.inputs, step.options["scale"]
         if boundaries.is_integer(activation_scale.format):
             self.codes[step.output] = {activation_scale: self.as_codes(value, activation_scale)}
         elif value in self.floats or not self.codes.get(value):
             self.floats[step.output] = self.as_float(value)
-        else:  # a float format: no rounding, the layer that follows reads what there is
+        else:  # a float format: nothing is rounded, the next layer reads the value as it is
             self.codes[step.output] = dict(self.codes[value])
 
     def move(self, step: Step) -> None:
@@ -472,7 +473,7 @@ class _Writer:
             gate = self.file.tensor(step.path, (-1, *step.shapes[-1]), np.float32)
             self.file.operation("LOGISTIC", [source], [gate])
             self.file.operation("MUL", [source, gate], [tensor], fusedActivationFunction=0)
-        else:  # "linear": a layer that does nothing makes an output
+        else:  # "linear": a layer that does nothing, but makes an output
             shape = self.constant("shape", [-1, *step.shapes[-1]], np.int32)
             self.file.operation("RESHAPE", [source, shape], [tensor], newShape=[-1, *step.shapes[-1]])
 
