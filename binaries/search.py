@@ -2,6 +2,8 @@
 
     python binaries/search.py                                              # digits, a few minutes
     python binaries/search.py --flagfile=binaries/flags/cifar10_resnet20.flags --data_dir=~/tensorflow_datasets
+    python binaries/search.py --init=runs/digits_resnet8_float --epochs=2 --learning_rate=0.005   # of trained weights
+    python binaries/search.py --init=runs/digits_resnet8_float --method=post_training             # no training at all
 
 The run directory then holds recipe.json, model.keras, metrics.jsonl, TensorBoard events, checkpoints, pictures and
 report.html.
@@ -23,7 +25,7 @@ import fliqs_tf
 from binaries import data as datasets
 from binaries import devices, exporting, loop, settings, tables
 from binaries.run_dir import RunDir, versions
-from fliqs_tf import replicas
+from fliqs_tf import post_training, replicas
 from fliqs_tf.export import targets
 from fliqs_tf.io.files import read_json, replacing, write_json
 from fliqs_tf.reporting import report
@@ -47,27 +49,44 @@ flags.DEFINE_string(
     "and the greatest cost.",
 )
 flags.DEFINE_enum("cost", "bops", sorted(fliqs_tf.costs.NAMES), "What is counted.")
-flags.DEFINE_string("reward", "absolute", "absolute, one_sided, soft_exponential or hard_exponential.")
+flags.DEFINE_string("reward", "one_sided", "one_sided, absolute, soft_exponential or hard_exponential.")
 flags.DEFINE_enum("quality", "loss", ["loss", "accuracy"], "What the search maximizes: minus the loss, or accuracy.")
 flags.DEFINE_enum("quality_data", "held_out", ["held_out", "train"], "Batches that quality is read from.")
-flags.DEFINE_integer("quality_every", 5, "Steps between readings on held-out batches.", lower_bound=1)
+flags.DEFINE_integer("quality_every", None, "Steps between readings; None: for 300 in all, but 2 at least.", 1)
 flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", lower_bound=2)
 flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
 flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")
-flags.DEFINE_float("warmup", 0.25, "Share of the steps in which formats are drawn without learning.", 0, 0.9)
-flags.DEFINE_float(
-    "frozen", None, "Last share of the steps, with the formats decided; None: 0.4, REINFORCE: 0.1.", 0, 0.9
+flags.DEFINE_float("warmup", None, "Share of the steps in which formats are drawn without learning; None: 0.1.", 0, 0.9)
+flags.DEFINE_float("frozen", None, "Last share of the steps, with the formats decided; None: 0.75.", 0, 0.99)
+flags.DEFINE_enum(
+    "train_with",
+    None,
+    ["widest", "sample"],
+    "What weights train with before the decision. None: widest; REINFORCE: sample, the paper's form.",
 )
+flags.DEFINE_enum(
+    "method",
+    "search",
+    ["search", "post_training"],
+    "Decide while training, or from readings alone: with --init, and no training.",
+)
+flags.DEFINE_enum("post_training", "critic", post_training.METHODS, "How --method=post_training finds formats.")
+flags.DEFINE_integer("readings", None, "Of post_training: at most so many; None: 300.", lower_bound=1)
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
 flags.DEFINE_multi_string("rule", [], "PATTERN=FORMATS for the layers that match: '^conv1=INT8', 'predictions=float'.")
 flags.DEFINE_enum("target", None, targets.TARGETS, "What to export to: formats that do not run there are left out.")
 flags.DEFINE_list("references", [], "Run directories of train.py to compare with (float, uniform formats).")
 
+# Of the name of a format that was tested with the weights of the search.
+_SHARED = ", shared weights"
+
 
 def main(argv):
     if FLAGS.quality_data == "held_out" and FLAGS.holdout == 0:
         sys.exit("--quality_data=held_out needs held-out data: set --holdout above 0, or take --quality_data=train.")
+    if FLAGS.method == "post_training" and not FLAGS.init:
+        sys.exit("--method=post_training needs trained weights: give --init=RUN, the run of train.py --format=float.")
     preemption, strategy, data, steps_per_epoch = loop.start(argv)
     total = steps_per_epoch * FLAGS.epochs
     with strategy.scope():
@@ -79,7 +98,11 @@ def main(argv):
         if run:
             run.keep_flags(settings.flag_values(), settings.HARMLESS)
             write_json(run / "decisions.json", [{"name": d.name, "options": list(d.options)} for d in model.decisions])
-        train(model, data, run, pathlib.Path(path) / "checkpoints", preemption, steps_per_epoch, total)
+        if FLAGS.method == "post_training":
+            decide(model, data, total)
+            total = 0
+        else:
+            train(model, data, run, pathlib.Path(path) / "checkpoints", preemption, steps_per_epoch, total)
         # On all workers: to read a variable may need all of them.
         results = summarize(model, data, total)
         if run:
@@ -119,6 +142,7 @@ def build(data, total: int) -> fliqs_tf.SearchModel:
             search_steps=total,
             seed=FLAGS.seed,
             sample_per_replica=FLAGS.sample_per_replica,
+            train_with=FLAGS.train_with,
             steps_per_execution=FLAGS.steps_per_execution,
             controller={
                 "estimator": FLAGS.estimator,
@@ -154,29 +178,57 @@ def _rules() -> list[fliqs_tf.Rule]:
 
 def train(model, data, run: RunDir | None, directory: pathlib.Path, preemption, steps_per_epoch: int, total: int):
     """Searches to the end, from the newest checkpoint in `directory` if there is one. `run`: None but on the chief."""
-    strategy = model.distribute_strategy
-
-    def held_out(readings):
-        return devices.distributed(
-            strategy,
-            lambda share: datasets.quality_batches(
-                data, FLAGS.batch_size, FLAGS.seed, start_batch=readings, share=share
-            ),
-        )
-
     # The first batches of the run, wherever this process took it up.
-    first_batches = loop.batches(strategy, data, 0, min(total, averages.ESTIMATION_BATCHES))
+    first_batches = calibration_batches(model, data, total)
 
     def options(begin):
-        # Readings so far decide where in the held-out data the next one is.
-        readings = begin // FLAGS.quality_every
-        quality_data = held_out(readings) if FLAGS.quality_data == "held_out" else None
+        # How many readings a search has, and with that where in the data the next one is, depends on its length.
+        model.configure_controller(total, held_out=True)
+        quality_data = quality_batches(model, data, begin // model.reading_interval())
         return {"quality_data": quality_data, "calibration_data": first_batches}
 
     callbacks = [] if run is None else [fliqs_tf.SearchLog(run.path)]
     start = loop.train(model, data, run, directory, preemption, steps_per_epoch, total, callbacks, options)
     if start == total:  # the run before ended between its last checkpoint and its results
         averages.recalibrate(model, first_batches)
+
+
+def decide(model, data, total: int) -> None:
+    """Decides the formats from readings alone."""
+    try:
+        post_training.decide_formats(
+            model,
+            quality_batches(model, data, 0),
+            calibration_data=calibration_batches(model, data, total),
+            method=FLAGS.post_training,
+            readings=FLAGS.readings,
+        )
+    except (ImportError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def calibration_batches(model, data, total: int):
+    """The first batches of the run."""
+    return loop.batches(model.distribute_strategy, data, 0, min(total, averages.ESTIMATION_BATCHES))
+
+
+def quality_batches(model, data, first: int):
+    """What quality is read from, beginning with one of the batches; None: from the training step itself."""
+    if FLAGS.quality_data == "held_out":
+        return devices.distributed(
+            model.distribute_strategy,
+            lambda share: datasets.quality_batches(data, FLAGS.batch_size, FLAGS.seed, start_batch=first, share=share),
+        )
+    if not model.reads_training_data:
+        return None
+    # Other batches than those that the weights train on at the same time.
+    seed, endless = FLAGS.seed + 1, 2**31 - 1
+    return devices.distributed(
+        model.distribute_strategy,
+        lambda share: datasets.train_batches(
+            data, batch_size=FLAGS.batch_size, seed=seed, start_step=first, total_steps=endless, share=share
+        ),
+    )
 
 
 def summarize(model, data, total: int) -> dict:
@@ -192,7 +244,7 @@ def summarize(model, data, total: int) -> dict:
         uniform = fliqs_tf.Recipe.uniform(model, fmt)
         reference.append(
             {
-                "name": f"uniform {fmt}, shared weights",
+                "name": f"uniform {fmt}{_SHARED}",
                 **settings.test_scores(model.deploy(uniform, calibration_data=examples), data),
                 "cost": cost(model, uniform),
             }
@@ -228,14 +280,55 @@ def summarize(model, data, total: int) -> dict:
         "flags": settings.flag_values(),
         **recipe.info,
     }
-    return {"recipe": fliqs_tf.Recipe(recipe.formats, recipe.tensors, recipe.layers, info), "final": final}
+    return {
+        "recipe": fliqs_tf.Recipe(recipe.formats, recipe.tensors, recipe.layers, info),
+        "final": final,
+        "budgets": _budgets(model),
+    }
+
+
+def _budgets(model) -> dict:
+    """What the critic expects of other budgets, and of uniform formats; see `fliqs_tf.reporting.report`."""
+    try:
+        budgets, (trained,) = model.pareto(), model.pareto([model.target_cost])
+    except RuntimeError:  # REINFORCE, which knows none, or a run that ended before the first reading
+        return {}
+    return {
+        "quality": FLAGS.quality,
+        "cost_unit": model.cost.unit,
+        "budgets": [budget.to_dict() for budget in budgets],
+        "uniform": {name: budget.to_dict() for name, budget in model.uniform_budgets().items()},
+        "trained": trained.to_dict() if trained.recipe == model.recipe() else None,
+    }
 
 
 def _uniform_formats(model) -> list[str]:
-    """The narrowest format of the search, and the most precise one of 8 bits or fewer."""
-    formats = [fliqs_tf.Format(f) for f in max((d.options for d in model.decisions), key=len)]
-    names = dict.fromkeys(f.name for f in (formats[0], *[f for f in formats if f.bits <= 8][-1:]))
-    return [name for name in names if not model.profile or not model.profile.unsupported_layers(model, name)]
+    """The narrowest format of the search, the cheapest that costs no less than the recipe, and the most precise one of
+    8 bits or fewer."""
+    names = [fliqs_tf.Format(f).name for f in max((d.options for d in model.decisions), key=len)]
+    if model.profile:
+        names = [name for name in names if not model.profile.unsupported_layers(model, name)]
+    costs = {name: model.cost(model, fliqs_tf.Recipe.uniform(model, name)) for name in names}
+    own = model.cost(model, model.recipe())
+    dearer = sorted((name for name in names if costs[name] >= own), key=costs.get)
+    narrow = [name for name in names if fliqs_tf.Format(name).bits <= 8]
+    return list(dict.fromkeys([*names[:1], *dearer[:1], *narrow[-1:]]))
+
+
+def verdict(info: dict) -> str:
+    """One line: whether the recipe beats the uniform formats that cost as much or more, on the same weights."""
+    dearer = [
+        row for row in info["reference"] if row["name"].endswith(_SHARED) and row["cost"] >= info["cost"] * (1 - 1e-9)
+    ]
+    if not dearer:
+        return "No uniform format of the search costs as much as the recipe."
+    best = max(dearer, key=lambda row: row["accuracy"])
+    points = 100 * (info["accuracy"] - best["accuracy"])
+    is_better = "better than" if points > 0 else "worse than" if points < 0 else "as good as"
+    return (
+        f"On the same weights the recipe is {is_better} uniform {best['name'].split()[1].rstrip(',')}, at "
+        f"{best['cost'] / info['cost']:.2f} x its cost: {points:+.2f} points of accuracy."
+    )
 
 
 def _reference(path: pathlib.Path) -> dict:
@@ -259,6 +352,8 @@ def finish(run: RunDir, results: dict, data) -> None:
     recipe.save(run / "recipe.json")  # first: small, and what the search was for
     with replacing(run / "model.keras") as temporary:
         final.save(temporary)
+    if results["budgets"]:
+        write_json(run / "budgets.json", results["budgets"])
     info = recipe.info
     tables.print_tables(
         tables.layers_table(info["layers_table"], cost_unit=info["cost_unit"]),
@@ -267,6 +362,7 @@ def finish(run: RunDir, results: dict, data) -> None:
             cost_unit=info["cost_unit"],
             target=info["target_cost"],
         ),
+        verdict(info),
     )
     try:
         report.write_report(run.path)

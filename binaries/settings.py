@@ -11,7 +11,7 @@ from absl import flags
 
 import models
 from binaries import data as datasets
-from binaries import devices
+from binaries import devices, initial
 from fliqs_tf._keras import IS_KERAS_3, keras
 from fliqs_tf.io import loading
 from fliqs_tf.io.files import read_json
@@ -43,6 +43,11 @@ def define_training_flags() -> None:
     flags.DEFINE_string("run_dir", None, "Where results go. Default: runs/<dataset>_<model>_<what>.")
     flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in --run_dir.")
     flags.DEFINE_bool("overwrite", False, "Replace the run in --run_dir.")
+    flags.DEFINE_string(
+        "init",
+        None,
+        "Weights to begin with: a run of train.py --format=float, a .keras file or a .weights.h5 file of the network.",
+    )
     flags.DEFINE_bool("deterministic", False, "Same bits for the same seed, at some cost in speed.")
     flags.DEFINE_integer("checkpoint_every_steps", 1000, "Steps between checkpoints.", lower_bound=1)
     flags.DEFINE_float("checkpoint_every_minutes", None, "Minutes between checkpoints, besides.", lower_bound=0.01)
@@ -84,11 +89,17 @@ def build_network(data) -> keras.Model:
     # Not every network has a width.
     width = {"width": FLAGS.width} if FLAGS.width != 1 else {}
     try:
-        return models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, **width)
+        network = models.get(FLAGS.model, input_shape=data.input_shape, classes=data.classes, **width)
     except (ImportError, ValueError) as error:
         sys.exit(str(error))
     except (MemoryError, tf.errors.ResourceExhaustedError):
         sys.exit(f"--model={FLAGS.model} --width={FLAGS.width} does not fit into memory. Lower --width.")
+    if "init" in FLAGS and FLAGS.init:  # evaluate.py has weights of its own
+        try:
+            initial.load(network, pathlib.Path(FLAGS.init))
+        except (OSError, ValueError) as error:
+            sys.exit(f"--init={FLAGS.init}: {error}")
+    return network
 
 
 def optimizer(total_steps: int) -> keras.optimizers.Optimizer:

@@ -12,6 +12,7 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.numerics.formats import Format
 from fliqs_tf.numerics.rounding import fake_quant
 from fliqs_tf.numerics.space import PRESETS, Space
+from fliqs_tf.post_training import post_training_search
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
 from fliqs_tf.reporting.callbacks import Preempted, SearchCheckpoint, SearchLog
@@ -43,6 +44,7 @@ __all__ = [
     "export",
     "fake_quant",
     "loading",
+    "post_training_search",
     "ranges",
     "rewards",
     "schedules",

@@ -6,8 +6,8 @@ between uniform INT4 and uniform INT8. A reading of quality has noise of standar
 is shared by samples that are read on one batch. The critic is given the noise power of the formats on Gaussian data,
 as in a real search, and not the landscape's 4^-bits.
 
-Steps are training steps: the critic reads 4 samples on one batch at every 5th step, as a search does by default,
-or at every 8th; plain REINFORCE reads one sample at every step.
+Steps are training steps: the critic reads 4 samples on one batch as often as a search does by default, or a single
+one at every step; plain REINFORCE reads one sample at every step.
 
 The score is the share of the way from a random recipe of equal cost to the optimum of equal cost, in the landscape as
 it is at the end:
@@ -39,7 +39,6 @@ SPACES = {
 }
 CONTROLLERS = (
     "critic",
-    "critic, every 8 steps",
     "critic, single readings",
     "REINFORCE normalized",
     "REINFORCE reference",
@@ -165,7 +164,7 @@ class Landscape:
 
 
 def make_controller(kind: str, decisions: int, formats: tuple[str, ...], prior: bool = True):
-    """(controller, reward, samples per reading, steps between readings) of a row of the table.
+    """(controller, reward, samples per reading, steps between readings or None for the default) of a row.
 
     Source of the settings: method.md section 4; "REINFORCE normalized" is our default of
     estimator="reinforce" with a reward that suits the noise. The warmup
@@ -174,10 +173,9 @@ def make_controller(kind: str, decisions: int, formats: tuple[str, ...], prior: 
     noise = [Format(name).noise() for name in formats]
     sizes = [len(formats)] * decisions
     plain = {"estimator": "reinforce", "frozen": 0.0}
-    readings = {"critic": (4, 5), "critic, every 8 steps": (4, 8), "critic, single readings": (1, 1)}
-    if kind in readings:
+    if kind.startswith("critic"):
         controller = Controller(sizes, prior=[[2 * n for n in noise]] * decisions if prior else None)
-        return controller, rewards.Absolute(), *readings[kind]
+        return controller, rewards.OneSided(), *((1, 1) if "single" in kind else (4, None))
     if kind == "REINFORCE normalized":
         return Controller(sizes, **plain), rewards.Absolute(-0.1), 1, 1
     if kind == "REINFORCE reference":
@@ -240,6 +238,7 @@ def _make_search(params: Params, kind: str, decisions: int, options: int):
         target=1.0,
         reward=reward,
         total_steps=1,
+        trains_with_samples=k == 1,
     )
     initial = controller.get_weights()
 
@@ -252,7 +251,7 @@ def _make_search(params: Params, kind: str, decisions: int, options: int):
         return params.scale * (params.trend * tf.sqrt(t) + noise - tf.reduce_sum(each, axis=1) - mixed)
 
     @tf.function(jit_compile=True)
-    def learn(seed, updates):
+    def learn(seed, updates, every):
         for i in tf.range(updates):
             samples = controller.sample(tf.stack([seed, 2 * i]), k)
             t = tf.cast(controller.step, tf.float32) / tf.cast(controller.total_steps, tf.float32)
@@ -266,7 +265,8 @@ def _make_search(params: Params, kind: str, decisions: int, options: int):
         for variable, value in zip((*losses, ratio), (land.start, land.loss, land.ratio)):
             variable.assign(value.astype(np.float32))
         start = time.perf_counter()
-        learn(tf.constant(seed), tf.constant(controller.decided_at() // every))
+        interval = every or controller.reading_interval()
+        learn(tf.constant(seed), tf.constant(controller.decided_at() // interval), tf.constant(interval))
         before = float(controller.entropy())
         result = land.judge(controller.decide())
         seconds = time.perf_counter() - start

@@ -23,7 +23,7 @@ import pytest
 import fliqs_tf
 from fliqs_tf import export
 from fliqs_tf._keras import IS_KERAS_3, keras
-from fliqs_tf.export import boundaries, lowering, onnx_layers
+from fliqs_tf.export import boundaries, lowering_layers, onnx_layers
 from fliqs_tf.graph import commuting, layer_types
 from fliqs_tf.layers import requantize
 
@@ -305,7 +305,13 @@ def test_what_becomes_of_it(name, target, tmp_path):
 
 def test_all_that_the_exporters_and_the_graph_know_is_in_the_table():
     has = {type(case.layer()) for case in LAYERS.values()}
-    known = {*layer_types._KERNELS, *layer_types._ATTENTION, L.Embedding, *onnx_layers.CONVERTERS, *lowering._READERS}
+    known = {
+        *layer_types._KERNELS,
+        *layer_types._ATTENTION,
+        L.Embedding,
+        *onnx_layers.CONVERTERS,
+        *lowering_layers._READERS,
+    }
     known |= {*commuting.COMMUTING, *boundaries.COMPUTING}
     missing = {cls.__name__ for cls in known - has - set(requantize.ROUNDINGS)}
     assert not missing

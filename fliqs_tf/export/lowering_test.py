@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import fliqs_tf
 from fliqs_tf._keras import keras
-from fliqs_tf.export import boundaries, lowering
+from fliqs_tf.export import lowering, lowering_kernels
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
@@ -198,7 +197,7 @@ def test_values_of_a_lower_rank_get_axes_behind_that_of_examples():
 def test_grids_of_inputs():
     layer = quantized(pointwise(), "INT4", "INT4", amax=14.0)
     layer.activation_quantizer.clip = 0.5
-    grid = lowering.activation_scale_of(layer.activation_quantizer, "conv")
+    grid = lowering_kernels.activation_scale_of(layer.activation_quantizer, "conv")
     assert (grid.format.name, grid.amax, grid.scale) == ("INT4", 7, 1)
 
 
@@ -281,55 +280,3 @@ def test_and_layers_of_several_inputs():
     ):
         with pytest.raises(ValueError, match=f"Layer 'odd' of class {message}"):
             lowering.check_layers(ModelGraph(keras.Model(x, y)))
-
-
-# ---- biases
-
-
-def test_biases_are_settled_at_multiples_of_the_products_of_two_steps():
-    """Input steps of 1 / 4, weight steps 1, 2, 1 / 2: products of 1/4, 1/2, 1/8."""
-    layer = quantized(pointwise(), amax=127 / 4)
-    model = network(layer)
-    layer.layer.bias.assign([0.3, 0.3, 0.3])
-    lowering.round_biases(ModelGraph(model))
-    np.testing.assert_allclose(layer.layer.bias, [0.25, 0.5, 0.25], rtol=1e-6)
-    lowering.round_biases(ModelGraph(model))
-    np.testing.assert_allclose(layer.layer.bias, [0.25, 0.5, 0.25], rtol=1e-6)
-
-
-def test_behind_a_norm_its_beta_moves():
-    """Gain 0.5 and -0.5: products of 1/8 and 1/4. The whole bias is 0.5 * b + beta."""
-    layer = L.Conv2D(2, 1, name="conv")
-    layer.build((None, 4, 4, 2))
-    layer.set_weights([np.float32([[127, -254], [10, 20]]).reshape(1, 1, 2, 2), np.float32([1, 1])])
-    model = network(quantized(layer, amax=127 / 4), norm([1.0, -1.0], [0.2, 0.2], [0.0, 0.0], [4.0, 4.0]))
-    lowering.round_biases(ModelGraph(model))
-    np.testing.assert_array_equal(layer.bias, [1, 1])
-    # 0.5 + 0.2 is 5.6 eighths: 6; -0.5 + 0.2 is -1.2 quarters: -1.
-    np.testing.assert_allclose(model.get_layer("norm").beta, [0.75 - 0.5, -0.25 + 0.5], rtol=1e-6)
-
-
-def test_a_layer_at_two_scales_keeps_its_bias():
-    x = L.Input((4,))
-    first, second = ActivationQuantizer(["INT8"], name="first"), ActivationQuantizer(["INT8"], name="second")
-    first.range.assign([127 / 4, 1])
-    second.range.assign([127 / 8, 1])
-    shared = fliqs_tf.Quantized(L.Dense(4), ["INT8"], None, name="shared")
-    model = keras.Model(x, shared(second(shared(first(x)))))
-    shared.layer.set_weights([127 * np.eye(4), np.full(4, 0.4)])
-    lowering.round_biases(ModelGraph(model))
-    np.testing.assert_array_equal(shared.layer.bias, np.float32([0.4] * 4))
-    second.range.assign([127 / 4, 1])
-    lowering.round_biases(ModelGraph(model))
-    np.testing.assert_allclose(shared.layer.bias, [0.5] * 4)
-
-
-def test_inputs_in_float_formats_are_rounded_no_more():
-    layer = quantized(L.Dense(1, use_bias=False, name="fc"), "FP32", "BF16")
-    model = network(layer, shape=(1,))
-    layer.layer.set_weights([np.ones((1, 1))])
-    x = tf.constant([[1 + 2.0**-12]])
-    assert model(x) == 1
-    lowering.round_biases(ModelGraph(model))
-    assert model(x) == x
-    assert not boundaries.is_integer(layer.activation_quantizer.space.formats[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,7 @@ class IntegerNetwork:
     outputs: tuple[int, ...]
     output_names: tuple[str, ...]
 
+    @functools.cached_property
     def readers(self) -> dict[int, list[Step]]:
         """Value -> the steps that read it."""
         found: dict[int, list[Step]] = {}

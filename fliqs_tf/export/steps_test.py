@@ -60,7 +60,7 @@ def test_readers_stand_once_each():
     twice = steps.Step("add", "a", (0, 0), 1, ((2,), (2,), (2,)))
     both = steps.Step("add", "b", (0, 1), 2, ((2,), (2,), (2,)))
     graph = steps.IntegerNetwork(((0, "x", (2,), "float32"),), [twice, both], (2,), ("y",))
-    assert {value: [step.path for step in found] for value, found in graph.readers().items()} == {
+    assert {value: [step.path for step in found] for value, found in graph.readers.items()} == {
         0: ["a", "b"],
         1: ["b"],
     }

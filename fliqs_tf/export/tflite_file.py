@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fliqs_tf.numerics import encoding
 
@@ -120,6 +120,13 @@ class TfliteFile:
         stored = "int4" if dtype == "int4" else np.dtype(dtype)
         self.tensors.append(_Tensor(unique, tuple(shape), stored, parameters, data))
         return len(self.tensors) - 1
+
+    def constant(
+        self, name: str, data: ArrayLike, dtype: DTypeLike, parameters: QuantizationParameters | None = None
+    ) -> int:
+        """Adds a tensor whose values stay; arguments as for `tensor`."""
+        data = np.asarray(data)
+        return self.tensor(name, data.shape, dtype, parameters, data)
 
     def operation(self, name: str, inputs: Sequence[int], outputs: Sequence[int], **options: Any) -> None:
         """Adds an operation.

@@ -51,6 +51,11 @@ def with_int32_biases(
     return scale, codes, np.rint(linear.bias / (source_scale * scale)).astype(np.int32)
 
 
+def channel_axis(operation: str) -> int:
+    """Where `arranged` has the output channels."""
+    return 3 if operation == "depthwise" else 0
+
+
 def arranged(operation: str, kernel: np.ndarray) -> np.ndarray:
     """A kernel in LiteRT's order: [out, height, width, in], [1, height, width, out] or [out, in]."""
     if operation == "conv":

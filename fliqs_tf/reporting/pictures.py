@@ -204,6 +204,53 @@ def curves_figure(
     return figure
 
 
+def budgets_figure(
+    budgets: Sequence[Mapping[str, float]],
+    uniform: Mapping[str, Mapping[str, float]],
+    trained: Mapping[str, float] | None = None,
+    cost_unit: str = "",
+    title: str = "What a search expects of other budgets",
+) -> Figure:
+    """Expected loss of quality over the cost: of the best recipes as a line, of uniform formats as points.
+
+    Args:
+      budgets: dicts in order of cost with "cost", "loss" and "deviation" of the loss, in units of quality.
+      uniform: {format: such a dict}, drawn in the colour of the format.
+      trained: That of the recipe that the weights were trained for, marked; None: no mark.
+      cost_unit: such as "GBOPs".
+      title: of the picture.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: matplotlib is missing; says what to install.
+      ValueError: no budgets.
+    """
+    if not budgets:
+        raise ValueError("There are no budgets to draw: give one dict per budget.")
+    figure = _figure(7.5, 4.2)
+    axes = figure.subplots()
+    _plain(axes, grid=True)
+    costs, losses, deviations = (np.array([row[key] for row in budgets]) for key in ("cost", "loss", "deviation"))
+    axes.fill_between(costs, losses - deviations, losses + deviations, color=_BLUE, alpha=0.18, linewidth=0)
+    axes.plot(costs, losses, color=_BLUE, marker=".", linewidth=1.2, label="best recipe, and its standard deviation")
+    points = dict(sorted(uniform.items(), key=lambda item: item[1]["cost"]))
+    for name, row in points.items():
+        axes.errorbar(row["cost"], row["loss"], row["deviation"], fmt="o", markersize=6, color=color(name), label=name)
+    if trained is not None:
+        axes.scatter(
+            trained["cost"], trained["loss"], s=170, color=_RED, marker="*", zorder=3, label="what the weights are for"
+        )
+    axes.set_xscale("log")
+    axes.tick_params(which="both", labelsize=_SMALL)
+    axes.set_xlabel(f"cost ({cost_unit})" if cost_unit else "cost", fontsize=_NORMAL)
+    axes.set_ylabel("expected loss of quality", fontsize=_NORMAL)
+    axes.legend(fontsize=_SMALL, frameon=False)
+    _title(figure, title)
+    return figure
+
+
 def has_curve(row: Mapping[str, Any]) -> bool:
     """Whether a row of metrics holds anything that `curves_figure` draws."""
     return any(len(_series([row], key)[0]) for _, _, keys in _PANELS for key in keys)

@@ -14,8 +14,10 @@ from fliqs_tf import costs
 from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
 from fliqs_tf.search import rewards
+from fliqs_tf.search.quality import quality_function
 
 _LOG = logging.getLogger("fliqs_tf")
+TRAIN_WITH = ("widest", "sample")
 _MOST_INT32 = 2**31 - 1
 # What a file does not hold.
 _CODE = object()
@@ -33,7 +35,8 @@ class CompileConfig:
       table: Cost of samples.
       reward: An object of `rewards`.
       quality: See `quality.quality_function`.
-      quality_every, quality_samples, search_steps, seed, sample_per_replica: As for `SearchModel.compile`.
+      quality_every, quality_samples, search_steps, seed, sample_per_replica, train_with, pretrained: As for
+        `SearchModel.compile`.
       given: {argument: what `compile` was given}, for a file.
     """
 
@@ -42,17 +45,82 @@ class CompileConfig:
     table: costs.CostTable
     reward: rewards.Reward
     quality: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
-    quality_every: int
+    quality_every: int | None
     quality_samples: int
     search_steps: int | None
     seed: int
     sample_per_replica: bool
+    train_with: str | None
+    pretrained: bool | None
     given: Mapping[str, Any]
 
     @property
     def decides_on(self) -> tuple[str, str, rewards.Reward]:
         """What a decision depends on, beside the target."""
         return self.cost.name, self.cost.unit, self.reward
+
+
+def checked(
+    model: keras.Model,
+    *,
+    target_cost: float | str | None,
+    cost: costs.Cost | Profile | str | None,
+    reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    quality: Any,
+    quality_every: int | None,
+    quality_samples: int,
+    search_steps: int | None,
+    seed: int,
+    sample_per_replica: bool,
+    train_with: str | None,
+    pretrained: bool | None,
+) -> CompileConfig:
+    """What `SearchModel.compile` was given, checked.
+
+    Args:
+      model: The search model.
+      **: See `SearchModel.compile`.
+
+    Raises:
+      ValueError: What `SearchModel.compile` raises.
+    """
+    if train_with not in (None, *TRAIN_WITH):
+        raise ValueError(f"train_with must be 'widest', 'sample' or None, got {train_with!r}.")
+    if pretrained not in (None, False, True):
+        raise ValueError(f"pretrained must be True, False or None, got {pretrained!r}.")
+    numbers: dict[str, Any] = {
+        "quality_every": None if quality_every is None else whole("quality_every", quality_every, 1),
+        "quality_samples": whole("quality_samples", quality_samples, 2),
+        "search_steps": None if search_steps is None else whole("search_steps", search_steps, 1),
+        "seed": whole("seed", seed, -(2**31)),
+        "sample_per_replica": bool(sample_per_replica),
+        "train_with": train_with,
+        "pretrained": None if pretrained is None else bool(pretrained),
+    }
+    cost_object, reward_object = cost_of(cost, model.profile), rewards.get(reward)
+    if quality == "loss" and getattr(reward_object, "needs_positive_quality", False):
+        raise ValueError(
+            f"The reward {reward!r} multiplies quality, which must be positive; minus the loss is not. Use "
+            f"quality='accuracy', or reward='one_sided'."
+        )
+    table = costs.CostTable(cost_object, model.sites, [(d.name, d.options) for d in model.decisions])
+    target = None
+    if target_cost is not None:
+        target = costs.parse_target_cost(
+            target_cost, lambda fmt: cost_object(model, fmt), cost_object.unit, table.reachable()
+        )
+        target_cost = target_cost if isinstance(target_cost, str) else target
+    with model.distribute_strategy.scope():
+        quality_of = quality_function(quality, getattr(model.network, "output_names", None) or ["output"])
+    return CompileConfig(
+        target=target,
+        cost=cost_object,
+        table=table,
+        reward=reward_object,
+        quality=quality_of,
+        **numbers,
+        given={"target_cost": target_cost, "cost": cost, "reward": reward, "quality": quality, **numbers},
+    )
 
 
 def whole(name: str, value: int | np.integer, least: int) -> int:

@@ -16,7 +16,7 @@ It can be driven without a network:
             samples = controller.sample(tf.constant([seed, step]), k=4)
             controller.update(samples, read_quality(samples))
         controller.advance()
-        if step == 450:
+        if step == controller.decided_at():
             best = controller.decide()
 """
 
@@ -31,9 +31,16 @@ from numpy.typing import ArrayLike
 
 from fliqs_tf import replicas
 from fliqs_tf._keras import add_state, keras
-from fliqs_tf.search import critic, estimators, policy, rewards, schedules
+from fliqs_tf.search import choosing, critic, estimators, policy, rewards, schedules
 
 ESTIMATORS = ("critic", "reinforce")
+# Default lengths of the search, as shares of a run: where weights train with formats of their own, and where they train
+# with what the estimator draws.
+WARMUP = {"apart": 0.1, "critic": 0.25, "reinforce": 0.25}
+FROZEN = {"apart": 0.75, "critic": 0.4, "reinforce": 0.1}
+# Readings of a search, in all and per decision (landscapes of 60 decisions reach 93 % of the way to the optimum with
+# 300 readings, and 97 % with 1,200).
+READINGS, READINGS_PER_DECISION = 300, 20
 # Relative noise power that halves an option's odds in the noise-aware start: INT4 has 0.01 to 0.02, INT3 0.1, INT2 0.9.
 START_NOISE = 0.05
 # Arguments under the names of version 0.1.0, which files hold.
@@ -59,10 +66,12 @@ class Controller(keras.layers.Layer):
         policy has; the weight that keeps it there is solved for.
       beta_max: Greatest beta_H. None = 1 with the critic, where only the shape counts; 0.02 with REINFORCE and a
         normalized advantage, 0.1 (the reference code's) without.
-      warmup: How long formats are drawn without learning a policy: a share of the run (float) or steps (int).
+      warmup: How long formats are drawn without learning a policy: a share of the run (float) or steps (int). None =
+        `WARMUP`: 0.1; where weights train with the samples 0.25.
       frozen: Last share of the run, in which the decision has been taken and formats stay; the entropy schedule ends
-        where it begins, see `decided_at`. 0 = never by itself. None = 0.4 with the critic, our choice: the weights of
-        short runs need it (docs/method.md); 0.1 with REINFORCE, which needs the readings more.
+        where it begins, see `decided_at`. 0 = never by itself. None = `FROZEN`, our choice: 0.75, because weights
+        want most of the run with the formats that they end with (docs/method.md). Where weights train with the
+        samples, each step tells less: 0.4 with the critic, 0.1 with REINFORCE.
       noise_aware_start: In the warmup the odds of an option are 1 / (1 + (noise / 0.05)^2), our choice: INT2 drawn as
         often as INT8 destroys the training. Needs `prior`. With the critic the exponent of the odds falls from 1 to 0
         with the entropy that the schedule allows, with REINFORCE linearly in the warmup.
@@ -87,7 +96,7 @@ class Controller(keras.layers.Layer):
         estimator: str = "critic",
         entropy_schedule: str | Callable[[tf.Tensor], tf.Tensor] = "cosine",
         beta_max: float | None = None,
-        warmup: float | int = 0.25,
+        warmup: float | int | None = None,
         frozen: float | None = None,
         noise_aware_start: bool = True,
         learning_rate: float | Callable[[tf.Tensor], tf.Tensor] = 0.03,
@@ -109,35 +118,33 @@ class Controller(keras.layers.Layer):
             schedules.check_name(entropy_schedule)
         elif beta_max is None:
             raise ValueError("A custom entropy_schedule needs beta_max, the value that it ends at.")
-        if isinstance(warmup, bool) or not (warmup >= 0 if isinstance(warmup, int) else 0 <= warmup < 1):
+        if warmup is not None and (
+            isinstance(warmup, bool) or not (warmup >= 0 if isinstance(warmup, int) else 0 <= warmup < 1)
+        ):
             raise ValueError(f"warmup is a share of the run in [0, 1) or an int of steps, 0 or more; got {warmup!r}.")
-        if frozen is None:
-            frozen = 0.4 if estimator == "critic" else 0.1
-        if not 0 <= frozen < 1:
+        if frozen is not None and not 0 <= frozen < 1:
             raise ValueError(f"frozen is a share of the run in [0, 1), got {frozen!r}.")
-        if not isinstance(warmup, int) and warmup + frozen >= 1:
-            raise ValueError(
-                f"warmup and frozen leave nothing of the run to decide in: {warmup} + {frozen}, not below 1. Lower one."
-            )
         if beta_max is None:
             beta_max = 1.0 if estimator == "critic" else (0.02 if normalize_advantage else 0.1)
         self.estimator, self.entropy_schedule, self.beta_max = estimator, entropy_schedule, float(beta_max)
-        self.warmup, self.frozen, self.noise_aware_start = warmup, frozen, noise_aware_start
+        self._given = {"warmup": warmup, "frozen": frozen}
+        self._set_lengths(trains_with_samples=estimator == "reinforce")
+        self.noise_aware_start = noise_aware_start
         self.learning_rate, self.beta_1, self.baseline_momentum = learning_rate, beta_1, baseline_momentum
         self.normalize_advantage, self.sum_over_decisions = normalize_advantage, sum_over_decisions
         self.jit_compile = jit_compile
 
         shape = (len(self.n_options), max(self.n_options))
-        self._mask = np.arange(shape[1]) < np.array(self.n_options)[:, None]
+        self.mask = np.arange(shape[1]) < np.array(self.n_options)[:, None]
         self.prior = None if prior is None else [[float(p) for p in row] for row in prior]
-        noise = _padded(self.prior, self._mask)
+        noise = _padded(self.prior, self.mask)
         self._odds = np.log1p((noise / START_NOISE) ** 2).astype(np.float32) * -float(noise_aware_start)
         made: estimators.Critic | estimators.Reinforce
         if estimator == "critic":
-            made = estimators.Critic(self._mask, noise, self._odds, jit_compile)
+            made = estimators.Critic(self.mask, noise, self._odds, jit_compile)
         else:
             options = (learning_rate, beta_1, normalize_advantage, sum_over_decisions, jit_compile)
-            made = estimators.Reinforce(self._mask, self.beta_max, *options)
+            made = estimators.Reinforce(self.mask, self.beta_max, *options)
         self._estimator = made
 
         self.logits = add_state(self, "logits", shape, "float32")
@@ -152,6 +159,23 @@ class Controller(keras.layers.Layer):
         self._objective: estimators.Objective | None = None
         self.built = True
 
+    def _set_lengths(self, trains_with_samples: bool) -> None:
+        """Sets `warmup` and `frozen`, those that were given and the defaults for the others."""
+        kind = self.estimator if trains_with_samples else "apart"
+        warmup, frozen = self._given["warmup"], self._given["frozen"]
+        # Where only one is given, the other's default gives way to it: half of what is left is there to decide in.
+        left = 1.0 if isinstance(warmup, int) else (1.0 - (warmup or 0.0)) / 2.0
+        if warmup is None:
+            warmup = WARMUP[kind] if frozen is None else min(WARMUP[kind], (1.0 - frozen) / 2.0)
+            left = 1.0
+        if frozen is None:
+            frozen = min(FROZEN[kind], left)
+        if not isinstance(warmup, int) and warmup + frozen >= 1:
+            raise ValueError(
+                f"warmup and frozen leave nothing of the run to decide in: {warmup} + {frozen}, not below 1. Lower one."
+            )
+        self.warmup, self.frozen = warmup, frozen
+
     def configure(
         self,
         *,
@@ -160,6 +184,7 @@ class Controller(keras.layers.Layer):
         target: float,
         reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
         total_steps: int,
+        trains_with_samples: bool | None = None,
     ) -> None:
         """Says what samples cost, what the target is, and how long the run is.
 
@@ -170,6 +195,8 @@ class Controller(keras.layers.Layer):
           target: Target cost, > 0.
           reward: See `rewards.get`.
           total_steps: Training steps of the whole run.
+          trains_with_samples: Whether weights train with what is drawn, as in the paper; the defaults of `warmup` and
+            `frozen` depend on it. None: with REINFORCE.
 
         Raises:
           ValueError: Target or number of steps not positive, or a warmup in steps that ends after the decision.
@@ -178,6 +205,7 @@ class Controller(keras.layers.Layer):
             raise ValueError(f"The target cost must be positive, got {target!r}.")
         if not total_steps >= 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps!r}.")
+        self._set_lengths(self.estimator == "reinforce" if trains_with_samples is None else trains_with_samples)
         if isinstance(self.warmup, int) and self.warmup and self.warmup >= (1.0 - self.frozen) * total_steps:
             raise ValueError(
                 f"A warmup of {self.warmup} steps leaves nothing of the run to decide in: {total_steps} steps, of "
@@ -225,6 +253,16 @@ class Controller(keras.layers.Layer):
         """Step at which the search loop calls `decide`: the first one of the last `frozen` share of the run."""
         return int(np.ceil((1.0 - self.frozen) * int(tf.convert_to_tensor(self.total_steps))))
 
+    def steps_to_decide_at(self, step: int) -> int:
+        """Length of the run of which `decided_at` is this step, or the next one."""
+        return int(np.ceil(step / (1.0 - self.frozen)))
+
+    def reading_interval(self) -> int:
+        """Training steps between two readings with samples of their own, so that a search makes about `READINGS` of
+        them, or `READINGS_PER_DECISION`: more tell little more, and each takes as long as a training step."""
+        planned = max(READINGS, READINGS_PER_DECISION * len(self.n_options))
+        return max(2, round(self.decided_at() / planned))
+
     # The distribution
 
     def probabilities(self) -> tf.Tensor:
@@ -235,11 +273,11 @@ class Controller(keras.layers.Layer):
         else:
             share = 1.0
         start = tf.logical_and(start, tf.logical_not(tf.convert_to_tensor(self.decided)))
-        return policy.softmax(tf.where(start, share * self._odds, tf.convert_to_tensor(self.logits)), self._mask)
+        return policy.softmax(tf.where(start, share * self._odds, tf.convert_to_tensor(self.logits)), self.mask)
 
     def entropy(self) -> tf.Tensor:
         """Entropy of the decisions over its greatest value: a scalar in [0, 1]."""
-        return policy.entropy(self.probabilities(), self._mask)
+        return policy.entropy(self.probabilities(), self.mask)
 
     def expected_cost(self) -> tf.Tensor:
         """Expected cost of a sample, in the cost's unit."""
@@ -257,8 +295,8 @@ class Controller(keras.layers.Layer):
 
     def most_likely(self) -> tf.Tensor:
         """Most likely option of each decision: int32 [D]. Of equal ones the last: spaces go from narrow to wide."""
-        logits = tf.where(self._mask, tf.convert_to_tensor(self.logits), float("-inf"))
-        options = self._mask.shape[1]
+        logits = tf.where(self.mask, tf.convert_to_tensor(self.logits), float("-inf"))
+        options = self.mask.shape[1]
         return options - 1 - tf.argmax(tf.reverse(logits, [1]), axis=1, output_type=tf.int32)
 
     # Learning
@@ -324,7 +362,7 @@ class Controller(keras.layers.Layer):
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Rewards [k] of the samples, the moments updated by them, and from these the baseline and the variance."""
         objective = self._configured()
-        choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self._mask.shape[1])
+        choices = tf.one_hot(tf.reshape(samples, [-1, samples.shape[-1]]), self.mask.shape[1])
         if samples.shape.rank == 2:
             costs = tf.stack([objective.expected_cost(choices[i]) for i in range(samples.shape[0])])
         else:  # of many replicas
@@ -342,7 +380,7 @@ class Controller(keras.layers.Layer):
 
     def effects(self) -> np.ndarray:
         """What the critic makes of each option: float32 [D, N] in units of quality, padding 0."""
-        self._check_critic()
+        self._critic()
         return np.array(tf.convert_to_tensor(self._state[critic.State._fields.index("effects")]))
 
     def decide(self, agree: Callable[[np.ndarray], np.ndarray] = lambda choice: choice) -> np.ndarray:
@@ -356,15 +394,42 @@ class Controller(keras.layers.Layer):
         Returns:
           int32 [D].
         """
-        self._configured()
-        state = [np.array(tf.convert_to_tensor(v)) for v in self._state]
-        target = float(tf.convert_to_tensor(self.target))
-        choice = agree(self._estimator.choose(state, np.array(self.most_likely()), target))
-        rest = np.where(self._mask, -_DECIDED, 0.0)
+        choice = agree(self.choose())
+        rest = np.where(self.mask, -_DECIDED, 0.0)
         rest[np.arange(len(choice)), choice] = 0.0
         self.logits.assign(rest.astype(np.float32))
         self.decided.assign(True)
         return choice
+
+    def choose(self, target: float | None = None) -> np.ndarray:
+        """The sample that would be decided on now, int32 [D]. On the host.
+
+        Args:
+          target: Another target cost; None: the one of `configure`. REINFORCE knows but one.
+        """
+        self._configured()
+        if target is not None:
+            self._critic()
+        target = float(tf.convert_to_tensor(self.target)) if target is None else target
+        return self._estimator.choose(self._host_state(), np.array(self.most_likely()), target)
+
+    def beliefs(self) -> choosing.Beliefs:
+        """What the critic has learned of quality. On the host."""
+        return self._critic().beliefs(self._host_state())
+
+    def regret(self) -> float:
+        """How much quality a better decision could still gain, see `choosing.regret`. On the host."""
+        objective, target = self._configured(), float(tf.convert_to_tensor(self.target))
+        arguments = (self.beliefs(), self.mask, objective.cost, objective.reward, target)
+        return choosing.regret(self.choose(), *arguments)
+
+    def readings(self) -> int:
+        """How many batches quality was read on."""
+        self._critic()
+        return int(self._host_state()[critic.State._fields.index("updates")])
+
+    def _host_state(self) -> list[np.ndarray]:
+        return [np.array(tf.convert_to_tensor(v)) for v in self._state]
 
     def _configured(self) -> estimators.Objective:
         """What `configure` was given. Raises RuntimeError before that."""
@@ -375,16 +440,18 @@ class Controller(keras.layers.Layer):
             )
         return self._objective
 
-    def _check_critic(self) -> None:
-        if self.estimator != "critic":
+    def _critic(self) -> estimators.Critic:
+        """The critic. Raises RuntimeError for another estimator."""
+        if not isinstance(self._estimator, estimators.Critic):
             raise RuntimeError(f"Only estimator='critic' knows effects; this controller has {self.estimator!r}.")
+        return self._estimator
 
     def options(self) -> dict[str, Any]:
         """Its arguments, with what the defaults stand for; without `n_options` and `name`."""
-        names = ["estimator", "entropy_schedule", "beta_max", "warmup", "frozen", "noise_aware_start", "learning_rate"]
+        names = ["estimator", "entropy_schedule", "beta_max", "noise_aware_start", "learning_rate"]
         names += ["beta_1", "baseline_momentum", "normalize_advantage", "sum_over_decisions", "jit_compile"]
         prior = None if self.prior is None else [[float(p) for p in row] for row in self.prior]
-        return {**{name: getattr(self, name) for name in names}, "prior": prior}
+        return {**self._given, **{name: getattr(self, name) for name in names}, "prior": prior}
 
     def get_config(self) -> dict[str, Any]:
         for argument in ("entropy_schedule", "learning_rate"):

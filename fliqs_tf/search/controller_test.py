@@ -76,7 +76,7 @@ def test_noise_aware_start_tilts_away_from_noise_only():
 
 
 def test_warmup_learns_effects_but_no_policy():
-    controller = make(total_steps=400)
+    controller = make(total_steps=400, warmup=0.25)
     search(controller, 96)
     assert not np.any(tf.convert_to_tensor(controller.logits))
     assert float(controller.entropy()) == pytest.approx(1.0)
@@ -128,8 +128,30 @@ def test_nothing_moves_a_decision():
     assert before[np.arange(3), choice].min() > 0.9999
     search(controller, 20)
     np.testing.assert_array_equal(controller.probabilities(), before)
-    assert controller.decided_at() == 60
+    assert controller.decided_at() == 25
     assert make(total_steps=100, estimator="reinforce").decided_at() == 90
+
+
+def test_lengths_depend_on_what_weights_train_with_and_give_way_to_what_is_given():
+    def lengths(trains_with_samples, **settings):
+        controller = Controller(SIZES, **settings)
+        configured = {"cost": None, "target": 1.0, "reward": "one_sided", "total_steps": 1000}
+        controller.configure(expected_cost=None, trains_with_samples=trains_with_samples, **configured)
+        return controller.warmup_steps(), controller.decided_at()
+
+    assert lengths(False) == (100, 250)
+    assert lengths(True) == (250, 600)
+    assert lengths(True, estimator="reinforce") == (250, 900)
+    assert lengths(False, frozen=0.9) == (50, 100)
+    assert lengths(False, warmup=0.5) == (500, 750)
+    assert lengths(False, warmup=0.2, frozen=0.1) == (200, 900)
+
+
+def test_a_search_makes_at_most_300_readings_or_one_every_2_steps():
+    assert make(total_steps=100).reading_interval() == 2
+    long = make(total_steps=12_000)
+    assert (long.decided_at(), long.reading_interval()) == (3000, 10)
+    assert long.steps_to_decide_at(300) == 1200
 
 
 def test_decides_without_a_reading():
@@ -353,7 +375,7 @@ def test_use_before_configure():
 
 
 def test_a_warmup_in_steps_must_end_before_the_decision():
-    with pytest.raises(ValueError, match="warmup of 60 steps leaves nothing of the run to decide in: 100 steps"):
-        make(total_steps=100, warmup=60)
-    make(total_steps=100, warmup=59)
+    with pytest.raises(ValueError, match="warmup of 25 steps leaves nothing of the run to decide in: 100 steps"):
+        make(total_steps=100, warmup=25)
+    make(total_steps=100, warmup=24)
     make(total_steps=1, warmup=0)

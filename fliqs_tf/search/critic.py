@@ -265,28 +265,31 @@ def solve(state: State, prior: Prior, iterations: int = 6) -> State:
     )
 
 
-def solve_exactly(state: State, prior: Prior) -> np.ndarray:
-    """Effects by a direct solution in float64, on the host; for the decision.
+def posterior(state: State, prior: Prior) -> tuple[np.ndarray, np.ndarray]:
+    """Effects, and how uncertain they are, by a direct solution in float64, on the host.
 
     Args:
       state: NumPy arrays.
+      prior: See `Prior`.
 
     Returns:
-      float64 [D, N]. Before the first reading that tells options apart: minus the profile.
+      (mean [D, N], root [D * N, Z]), float64: the covariance of the effects is root @ root.T. Before the first reading
+      that tells options apart: minus the profile, and what the prior leaves open.
     """
-    if not (state.count > 0 and state.scale > 0):
-        return -prior.profile.astype(np.float64)
-    state = State(*(np.asarray(x, np.float64) for x in state))
-    scale, noise = (
-        max(float(state.scale), 1e-30),
-        max(float(state.noise), 1e-4 * float(state.square / state.count), 1e-30),
-    )
     decisions, options = prior.profile.shape
     # effects = A z with z standard normal: what all decisions share, each decision's sensitivity, each option's rest.
     # In z the system is the identity and something that is not negative, so it can be solved for any number of options.
     profile = prior.profile.astype(np.float64)
     shared = _MEAN_SD * profile.reshape(-1, 1)
     each = (np.eye(decisions)[:, None] * profile[..., None]).reshape(-1, decisions)
-    a = np.sqrt(scale) * np.hstack([shared, each, np.diag(prior.residual.astype(np.float64).ravel())])
-    system = np.eye(a.shape[1]) + a.T @ state.gram @ a / noise
-    return (a @ np.linalg.solve(system, a.T @ state.moment / noise)).reshape(decisions, options)
+    a = np.hstack([shared, each, np.diag(prior.residual.astype(np.float64).ravel())])
+    if not (state.count > 0 and state.scale > 0):
+        return -profile, a
+    state = State(*(np.asarray(x, np.float64) for x in state))
+    scale = max(float(state.scale), 1e-30)
+    noise = max(float(state.noise), 1e-4 * float(state.square / state.count), 1e-30)
+    a *= np.sqrt(scale)
+    factor = np.linalg.cholesky(np.eye(a.shape[1]) + a.T @ state.gram @ a / noise)
+    root = np.linalg.solve(factor, a.T).T
+    mean = root @ np.linalg.solve(factor, a.T @ state.moment / noise)
+    return mean.reshape(decisions, options), root

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from fliqs_tf.search import critic, policy, rewards
+from fliqs_tf.search import choosing, critic, policy, rewards
 
 # Adam's other two.
 _BETA_2, _EPSILON = 0.999, 1e-8
@@ -130,27 +130,26 @@ class Critic:
 
         return list(solved), tf.cond(moment.frozen, lambda: logits, policy_of_effects)
 
+    def beliefs(self, state: list[np.ndarray]) -> choosing.Beliefs:
+        """What the readings so far say. On the host.
+
+        Args:
+          state: NumPy arrays.
+        """
+        learned = critic.State(*state)
+        return choosing.Beliefs(*critic.posterior(learned, self.prior), float(critic.level(learned)))
+
     def choose(self, state: list[np.ndarray], most_likely: np.ndarray, target: float) -> np.ndarray:
-        """The sample of highest predicted reward. For a hard target: of highest predicted quality with a cost within
-        1 % of it (or not above it), and where there is none, of the nearest cost. On the host.
+        """See `choosing.choose`.
 
         Args:
           state: NumPy arrays.
           most_likely: int [D], a sample to start from.
           target: Target cost.
         """
-        learned = critic.State(*state)
-        effects = critic.solve_exactly(learned, self.prior)
-        score = _score(self._objective.reward, effects, float(critic.level(learned)))
-        return policy.best_sample(effects, self._mask, self._objective.cost, score, target, most_likely)
-
-
-def _score(reward: rewards.Reward, effects: np.ndarray, level: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    if not (reward.hard and isinstance(reward, rewards.HardReward)):
-        return lambda quality, ratio: reward(quality + level, ratio).numpy()
-    # Quality cannot outweigh a violation of 1e-4.
-    price = 1e4 * (np.ptp(effects, axis=1).sum() + 1e-30)
-    return lambda quality, ratio: quality - price * reward.violation(ratio, 0.01)
+        objective = self._objective
+        beliefs = self.beliefs(state)
+        return choosing.choose(beliefs, self._mask, objective.cost, objective.reward, target, most_likely)
 
 
 @dataclasses.dataclass

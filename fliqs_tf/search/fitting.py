@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from fliqs_tf._keras import IS_KERAS_3, build_optimizer, keras
 from fliqs_tf.io import batches
-from fliqs_tf.search import averages, length, loop
+from fliqs_tf.search import averages, length, loop, reading
 
 _LOG = logging.getLogger("fliqs_tf")
 
@@ -38,18 +38,21 @@ def fit(
     if quality_data is not None:
         readings = batches.read(quality_data, model.network, "quality_data")
         _check_labels(readings, model)
+    elif model.reads_training_data and training is not None and training.has_labels is not False:
+        readings = training
     length.restart_if_compiled_anew(model, arguments)
-    if readings is not None and bool(tf.convert_to_tensor(model.controller.decided)):
+    if quality_data is not None and bool(tf.convert_to_tensor(model.controller.decided)):
         _LOG.warning("quality_data is not read: the formats are decided, and this fit trains the weights for them.")
-    if readings is not None and arguments.get("class_weight"):
+    if quality_data is not None and arguments.get("class_weight"):
         _LOG.warning("class_weight does not count in quality_data: give its batches weights, (x, y, sample_weight).")
     model.bad_step.assign(-1)
     start = int(tf.convert_to_tensor(model.controller.step))
     total = length.total_steps(model, arguments, start)
-    model.configure_controller(total, held_out=quality_data is not None)
+    model.configure_controller(total, held_out=readings is not None)
     _create_variables(model, arguments)
     size = int(arguments.get("batch_size") or _size_of_batches(x) or averages.BATCH_SIZE)
-    search_loop = loop.SearchLoop(model, readings, size)
+    reader = None if readings is None else reading.Reader(model, readings, size)
+    search_loop = loop.SearchLoop(model, reader)
     arguments["callbacks"] = [search_loop, *_as_list(arguments.get("callbacks"))]
     model.__dict__["_training_source"] = training
     model._is_fitting = True
@@ -84,8 +87,9 @@ def _training_source(network: keras.Model, arguments: Mapping[str, Any]) -> batc
     x = arguments["x"]
     if isinstance(x, Iterator):
         return None
+    labels = [arguments[name] for name in ("y", "sample_weight") if arguments.get(name) is not None]
     try:
-        source = batches.read(x, network, "x")
+        source = batches.read((x, *labels) if arguments.get("y") is not None else x, network, "x")
     except (TypeError, ValueError):
         return None  # Keras says what is wrong with it
     if source.arrays is None:

@@ -14,6 +14,8 @@ X = RNG.normal(size=(64, 8)).astype(np.float32)
 Y = (X[:, 0] > 0).astype(np.int64)
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 layers = keras.layers
+# Decides after more than half of the run: of few steps a quarter is next to nothing.
+LATE = {"jit_compile": False, "warmup": 0.25, "frozen": 0.4}
 
 
 def network():
@@ -107,7 +109,7 @@ def test_quality_data_sorted_by_class_are_shuffled_and_follow_the_batches_of_tra
         quality=lambda y, y_pred: tf.cast(tf.reduce_min(y) < tf.reduce_max(y), tf.float32), quality_every=1
     )
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16, drop_remainder=True)
-    qmodel.fit(data, verbose=0, quality_data=(X[order], Y[order]))
+    qmodel.fit(data, verbose=0, epochs=4, quality_data=(X[order], Y[order]))
     assert read[0] == (16,)
     assert float(tf.convert_to_tensor(qmodel.readout)[2]) == 1  # both classes in the batch that was read last
 
@@ -212,7 +214,7 @@ def test_activity_regularizers_in_every_order_of_calls():
 
 
 def test_what_fit_does_not_use_is_told(caplog):
-    qmodel = compiled(search_steps=8)
+    qmodel = compiled(search_steps=8, controller=LATE)
     with caplog.at_level("WARNING", logger="fliqs_tf"):
         fit(qmodel, calibration_data=X)
         assert "calibration_data is not used yet: the search goes on at step 4 of 8" in caplog.text
@@ -221,21 +223,6 @@ def test_what_fit_does_not_use_is_told(caplog):
         assert is_decided(qmodel) and "quality_data is not read" not in caplog.text
         fit(qmodel, quality_data=(X, Y))
         assert "quality_data is not read: the formats are decided" in caplog.text
-
-
-@pytest.mark.parametrize(("rate", "told"), [(5.0, True), (1e-4, False)])
-def test_a_warm_up_that_destroys_trained_weights_is_told(rate, told, caplog):
-    inputs = keras.Input((8,))
-    model = keras.Model(inputs, layers.Dense(2, name="logits")(layers.Dense(8, name="hidden")(inputs)))
-    right = np.eye(8, dtype=np.float32)
-    model.get_layer("hidden").set_weights([right, np.zeros(8)])
-    model.get_layer("logits").set_weights([right[:, :1] * np.array([[-9, 9]]), np.zeros(2)])
-    qmodel = compiled(model, quality_every=1)
-    qmodel.optimizer.learning_rate = rate
-    with caplog.at_level("WARNING", logger="fliqs_tf"):
-        fit(qmodel, epochs=4, quality_data=(X, Y))
-    assert ("The warm-up has made the network worse" in caplog.text) == told
-    assert "after 4 steps" in caplog.text or not told  # a quarter of 16
 
 
 # ---- several outputs
@@ -259,7 +246,7 @@ def test_several_outputs_train_and_report_as_the_float_model_does(as_dict, label
     model = two_outputs(as_dict)
     model.compile("sgd", loss=LOSSES, metrics=METRICS)
     expected = fit(model, X, labels, validation_data=(X, labels))
-    qmodel = compiled(model, loss=LOSSES, metrics=METRICS, quality_every=1)
+    qmodel = compiled(model, loss=LOSSES, metrics=METRICS, quality_every=1, controller=LATE)
     for _ in range(2):
         logs = fit(qmodel, X, labels, validation_data=(X, labels), quality_data=(X, labels))
         assert set(expected) == set(logs) - {"reward", "cost", "entropy", "switch_rate"}
@@ -269,7 +256,7 @@ def test_several_outputs_train_and_report_as_the_float_model_does(as_dict, label
 # ---- interruptions and ends
 
 
-@pytest.mark.parametrize("epoch", [2, 4, 5, 7])
+@pytest.mark.parametrize("epoch", [1, 2, 3, 5])
 def test_backups_of_keras_keep_the_step_of_the_decision(epoch, tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, at, logs=None):
@@ -288,8 +275,8 @@ def test_backups_of_keras_keep_the_step_of_the_decision(epoch, tmp_path):
         fit(compiled(), callbacks=[keras.callbacks.BackupAndRestore(str(tmp_path)), Stop()], **options)
     qmodel = compiled()
     fit(qmodel, callbacks=[keras.callbacks.BackupAndRestore(str(tmp_path)), watch], **options)
-    # 8 steps an epoch, 80 in all, decided at 60 % of them.
-    assert watch.first == max(48, 8 * epoch) and step(qmodel) == 80 and is_decided(qmodel)
+    # 8 steps an epoch, 80 in all, decided at a quarter of them.
+    assert watch.first == max(20, 8 * epoch) and step(qmodel) == 80 and is_decided(qmodel)
 
 
 def test_data_that_run_out_end_the_search(caplog):
@@ -374,7 +361,7 @@ def test_what_is_drawn_after_the_warmup_follows_the_noise_until_something_is_lea
 
 
 def test_the_first_sample_of_a_reading_is_that_of_the_training_step():
-    qmodel = compiled(search_steps=100)
+    qmodel = compiled(search_steps=100, train_with="sample")
     fit(qmodel)
     np.testing.assert_array_equal(qmodel.draw_for_reading()[0], qmodel.previous_sample)
     qmodel.previous_sample.assign(1 - tf.convert_to_tensor(qmodel.previous_sample))  # as a step that XLA compiled may

@@ -13,6 +13,7 @@ elementwise: scalars or tensors of one shape. Its `slope` is the price of cost i
 | hard_exponential | Q * min(ratio^beta, 1) | -beta * Q / ratio above the target, else 0 |
 
 with beta < 0. The exponential ones need quality > 0, so they are for accuracy and the like (`needs_positive_quality`).
+With a reward of which `is_limit` is True cost below the target has no price: the target is a limit.
 A plain function of (quality, cost_ratio) is a reward too: `get` takes its slope by automatic differentiation.
 """
 
@@ -85,6 +86,7 @@ class _Additive(abc.ABC):
 
     beta: float | None = None
     needs_positive_quality: ClassVar[bool] = False
+    is_limit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_beta(self.beta)
@@ -133,6 +135,8 @@ class OneSided(_Additive):
     (0.75, 0.0)
     """
 
+    is_limit: ClassVar[bool] = True
+
     def _miss(self, ratio: tf.Tensor) -> tf.Tensor:
         return tf.maximum(ratio - 1.0, 0.0)
 
@@ -160,6 +164,7 @@ class SoftExponential:
     beta: float = -0.07
     needs_positive_quality: ClassVar[bool] = True
     hard: ClassVar[bool] = False
+    is_limit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_beta(self.beta)
@@ -188,6 +193,7 @@ class HardExponential:
     beta: float = -1.0
     needs_positive_quality: ClassVar[bool] = True
     hard: ClassVar[bool] = False
+    is_limit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta(self.beta)
@@ -213,6 +219,7 @@ class Custom:
     function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor | ArrayLike]
     needs_positive_quality: ClassVar[bool] = False
     hard: ClassVar[bool] = False
+    is_limit: ClassVar[bool] = False
 
     def __call__(self, quality: tf.Tensor | ArrayLike, cost_ratio: tf.Tensor | ArrayLike) -> tf.Tensor:
         return tf.convert_to_tensor(self.function(*_tensors(quality, cost_ratio)), tf.float32)
