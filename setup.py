@@ -37,7 +37,7 @@ TESTS = [
     *MILP,
     *HUB,
 ]
-CHECKS = ["ruff>=0.14", "mypy>=1.11", "import-linter>=2.5", "pre-commit>=4.0"]
+CHECKS = ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "pre-commit>=4.0"]
 
 
 class WithoutTests(build_py):

@@ -74,9 +74,9 @@ def wrap(
 
     Raises:
       TypeError: The model is of the other Keras.
-      ValueError: The model is not built or has nothing to quantize; unknown space or format; a space that is empty, has
-        duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
-        target does not have; a layer or an input that files of the target cannot hold. The message says what to do.
+      ValueError: The model is not built, cannot be copied, or has nothing to quantize; a space or format is unknown; a
+        space is empty, has duplicates, or leaves nothing to choose; a rule matches no layer; the profile or target does
+        not support a format; or files of the target cannot hold a layer or an input. The message says what to do.
       ImportError: target="onnx", and onnx is not installed.
       OSError: The file of the profile cannot be read.
 
@@ -127,10 +127,10 @@ def _for_integers(rule: Rule) -> Rule:
 
 
 def _check_target(searched: SearchModel, target: str) -> None:
-    """Raises if the target cannot hold a layer, or a rule gives a layer formats that the target does not run."""
+    """Raises if the target cannot hold a layer or an input, or does not run the formats that a rule gives a layer."""
     for row in planning.plan(searched, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
-        raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
+        raise ValueError(f"Layer {row.layer!r}{formats or f' cannot be exported to {target!r}'}: {row.run.why}.")
     # That of "tflite" comes before int8 tensors are put between the layers.
     if target == "onnx":
         onnx_writer.check_layers(searched.graph)

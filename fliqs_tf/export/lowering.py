@@ -62,7 +62,7 @@ def _check_inputs(flow: dataflow.Dataflow) -> None:
     for _, name, shape, dtype in flow.inputs:
         if dtype != "float32":
             raise ValueError(
-                f"The input {name!r} is {dtype}; TFLite export takes float32 inputs: make it float32, or take "
+                f"The input {name!r} is {dtype}; TFLite export takes float32 inputs: make it float32, or use "
                 f"fliqs_tf.export.packed."
             )
         if None in shape:

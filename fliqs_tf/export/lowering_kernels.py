@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -71,7 +71,9 @@ def linear_steps(
     """
     name = commuting.activation(layer)
     kernels = layer_types.kernels(layer)
-    quantizers = quantized.weight_quantizers if quantized is not None else [None] * len(kernels)
+    quantizers: Sequence[WeightQuantizer | None] = [None] * len(kernels)
+    if quantized is not None:
+        quantizers = quantized.weight_quantizers
     made = []
     if len(kernels) == 2:
         middle_shape = (*output[:-1], shape[-1] * layer.depth_multiplier)

@@ -95,8 +95,8 @@ def _convert(builder: OnnxBuilder, graph: ModelGraph, in_float: bool = False) ->
     for value, name, shape, dtype in graph.dataflow.inputs:
         if dtype != "float32":
             raise ValueError(
-                f"Model {graph.model.name!r} has the input {name!r} of {dtype}; ONNX files take float32: make it "
-                f"float32, or take fliqs_tf.export.packed."
+                f"Model {graph.model.name!r} has the input {name!r} of {dtype}; the ONNX exporter supports only "
+                f"float32: make it float32, or use fliqs_tf.export.packed."
             )
         values[value] = Value(1 + len(shape), last=builder.name(name))
     for call in graph.dataflow.calls:
