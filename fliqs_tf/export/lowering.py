@@ -45,7 +45,7 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
 
 
 def check_layers(graph: ModelGraph) -> None:
-    """Raises, before any training, if a layer or an input of a network has no counterpart in a file.
+    """Raises, before anything is trained, if a layer or an input of a network has no counterpart in a TFLite file.
 
     Raises:
       ValueError: Names the layer or the input.
@@ -68,7 +68,7 @@ def _check_inputs(flow: dataflow.Dataflow) -> None:
         if None in shape:
             raise ValueError(
                 f"The input {name!r} has the open shape {shape}; TFLite needs fixed sizes: give the Input all of them, "
-                f"or take fliqs_tf.export.onnx or fliqs_tf.export.packed."
+                f"or use fliqs_tf.export.onnx or fliqs_tf.export.packed."
             )
 
 
@@ -82,7 +82,7 @@ def _shaped(flow: dataflow.Dataflow) -> Iterator[tuple[dataflow.Call, list[Shape
 
 
 def _output_shape(call: dataflow.Call, inputs: list[Shape]) -> Shape:
-    if reason := why_not(call.path, call.layer):  # a composite layer, for one, does not say what shape it gives
+    if reason := why_not(call.path, call.layer):  # first, because a composite layer does not know its shape
         raise ValueError(reason)
     if len(inputs) > 1 or isinstance(call.layer, (_LAYERS.Add, _LAYERS.Multiply, _LAYERS.Concatenate)):
         shape = call.layer.compute_output_shape(inputs)

@@ -19,11 +19,15 @@ from fliqs_tf.numerics.formats import Format
 
 _LAYERS = keras.layers
 Fresh: TypeAlias = Iterator[int]
-"""Values that no call gives yet."""
+"""Numbers of values that no call makes."""
 
 
 def check(layer: keras.layers.Layer, path: str) -> None:
-    """Raises, whatever the formats, if a layer has no counterpart in the file."""
+    """Raises if a layer has no counterpart in a TFLite file, whatever its formats.
+
+    Raises:
+      ValueError: Names the layer.
+    """
     if len(layer_types.kernels(layer)) == 2 or operation_of(path, layer) != "dense":
         lowering_layers.window(layer, path)
     lowering_layers.activation(layer, path)

@@ -27,7 +27,7 @@ def knows(cls: type) -> bool:
 
 
 def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
-    """Kind and options of the step that a layer is.
+    """A layer as a step.
 
     Args:
       layer: A layer without kernels.

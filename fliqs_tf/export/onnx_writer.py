@@ -47,14 +47,14 @@ def onnx(final: keras.Model, path: str | os.PathLike) -> None:
 
 
 def check_layers(graph: ModelGraph) -> None:
-    """Raises, before any training, if a layer or an input of a quantized network has no ONNX form.
+    """Raises, before anything is trained, if the exporter does not support a layer or an input of a network.
 
     Args:
-      graph: Of a network whose formats may still be open: all is converted as if it were in float, and thrown away.
+      graph: Of a quantized network. Its formats may still be open: it is converted as if in float, and thrown away.
 
     Raises:
       ImportError: onnx is not installed.
-      ValueError: Names the layer or the input, and what takes it.
+      ValueError: Names the layer or the input, and an exporter that supports it.
     """
     _convert(OnnxBuilder(), graph, in_float=True)
 
@@ -90,7 +90,7 @@ def _model(graph: ModelGraph) -> Any:
 
 
 def _convert(builder: OnnxBuilder, graph: ModelGraph, in_float: bool = False) -> dict[int, Value]:
-    """Converts every call; gives the values of the network as tensors of the file."""
+    """Converts every call; returns the values of the network as tensors of the file."""
     values = {}
     for value, name, shape, dtype in graph.dataflow.inputs:
         if dtype != "float32":

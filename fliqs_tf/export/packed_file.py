@@ -118,10 +118,10 @@ def packed(final: keras.Model, path: str | os.PathLike) -> None:
 
 
 def check_network(graph: ModelGraph) -> None:
-    """Raises, before any training, if a network cannot be restored from its configuration.
+    """Raises, before anything is trained, if a network could not be restored from its configuration.
 
     Raises:
-      ValueError: Says what stands in the way.
+      ValueError: Says why not.
     """
     _plain_variables(graph)
     try:
