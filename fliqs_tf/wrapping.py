@@ -130,7 +130,7 @@ def _check_target(searched: SearchModel, target: str) -> None:
     """Raises if the target cannot hold a layer, or a rule gives a layer formats that the target does not run."""
     for row in planning.plan(searched, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
-        raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
+        raise ValueError(f"Layer {row.layer!r}{formats or f' cannot be exported to {target!r}'}: {row.run.why}.")
     # That of "tflite" comes before int8 tensors are put between the layers.
     if target == "onnx":
         onnx_writer.check_layers(searched.graph)
