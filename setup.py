@@ -24,6 +24,7 @@ HUB = ["keras-hub>=0.32"]  # for the model "bert"
 LEGACY = ["tf-keras>=2.21", "tensorflow-model-optimization>=0.8"]
 SAFETENSORS = ["safetensors>=0.4.3"]
 ONNX = ["onnx>=1.23", "onnxruntime>=1.31"]  # 1.22 gives other values for INT4 networks
+MILP = ["scipy>=1.9"]  # the first with scipy.optimize.milp
 TESTS = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
@@ -33,9 +34,10 @@ TESTS = [
     "ai-edge-quantizer>=0.10",
     *SAFETENSORS,
     *ONNX,
+    *MILP,
     *HUB,
 ]
-CHECKS = ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "pre-commit>=4.0"]
+CHECKS = ["ruff>=0.14", "mypy>=1.11", "import-linter>=2.5", "pre-commit>=4.0"]
 
 
 class WithoutTests(build_py):
@@ -65,6 +67,7 @@ setup(
         "export": EXPORT,
         "safetensors": SAFETENSORS,
         "onnx": ONNX,
+        "milp": MILP,
         "tests": [*BINARIES, *LEGACY, *EXPORT, *TESTS],
         "dev": [*BINARIES, *LEGACY, *EXPORT, *TESTS, *CHECKS],
     },

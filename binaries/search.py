@@ -70,6 +70,7 @@ flags.DEFINE_enum(
     ["search", "post_training"],
     "Decide while training, or from readings alone: with --init, and no training.",
 )
+flags.DEFINE_enum("post_training", "critic", post_training.METHODS, "How --method=post_training finds formats.")
 flags.DEFINE_integer("readings", None, "Of post_training: at most so many; None: 300.", lower_bound=1)
 flags.DEFINE_enum("granularity", "layer", ["layer", "model"], "What one decision stands for.")
 flags.DEFINE_enum("tensors", "together", ["together", "weights", "separate"], "What one decision sets.")
@@ -199,9 +200,10 @@ def decide(model, data, total: int) -> None:
             model,
             quality_batches(model, data, 0),
             calibration_data=calibration_batches(model, data, total),
+            method=FLAGS.post_training,
             readings=FLAGS.readings,
         )
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         sys.exit(str(error))
 
 
@@ -274,24 +276,30 @@ def summarize(model, data, total: int) -> dict:
         "space": FLAGS.space,
         "profile": model.profile and model.profile.name,
         "layers_table": layers,
-        **_budgets(model),
         "versions": versions(),
         "flags": settings.flag_values(),
         **recipe.info,
     }
-    return {"recipe": fliqs_tf.Recipe(recipe.formats, recipe.tensors, recipe.layers, info), "final": final}
+    return {
+        "recipe": fliqs_tf.Recipe(recipe.formats, recipe.tensors, recipe.layers, info),
+        "final": final,
+        "budgets": _budgets(model),
+    }
 
 
 def _budgets(model) -> dict:
-    """What the critic expects of other budgets, and of uniform formats."""
+    """What the critic expects of other budgets, and of uniform formats; see `fliqs_tf.reporting.report`."""
     try:
-        budgets = [budget.to_dict() for budget in model.pareto()]
+        budgets, (trained,) = model.pareto(), model.pareto([model.target_cost])
     except RuntimeError:  # REINFORCE, which knows none, or a run that ended before the first reading
         return {}
-    uniform = {name: budget.to_dict() for name, budget in model.uniform_budgets().items()}
-    for entry in uniform.values():
-        del entry["recipe"]
-    return {"pareto": budgets, "pareto_uniform": uniform, "quality": FLAGS.quality}
+    return {
+        "quality": FLAGS.quality,
+        "cost_unit": model.cost.unit,
+        "budgets": [budget.to_dict() for budget in budgets],
+        "uniform": {name: budget.to_dict() for name, budget in model.uniform_budgets().items()},
+        "trained": trained.to_dict() if trained.recipe == model.recipe() else None,
+    }
 
 
 def _uniform_formats(model) -> list[str]:
@@ -344,6 +352,8 @@ def finish(run: RunDir, results: dict, data) -> None:
     recipe.save(run / "recipe.json")  # first: small, and what the search was for
     with replacing(run / "model.keras") as temporary:
         final.save(temporary)
+    if results["budgets"]:
+        write_json(run / "budgets.json", results["budgets"])
     info = recipe.info
     tables.print_tables(
         tables.layers_table(info["layers_table"], cost_unit=info["cost_unit"]),

@@ -13,12 +13,13 @@ from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
 from fliqs_tf.io import batches
 from fliqs_tf.numerics.space import Space
-from fliqs_tf.search import averages, reading
+from fliqs_tf.search import averages, deciding, integer_program, reading
 from fliqs_tf.search.controller import READINGS
 from fliqs_tf.search.model import SearchModel
 from fliqs_tf.wrapping import wrap
 
 _LOG = logging.getLogger("fliqs_tf")
+METHODS = ("critic", "sensitivities")
 
 
 def post_training_search(
@@ -30,6 +31,7 @@ def post_training_search(
     loss: Any = None,
     quality: Any = "loss",
     cost: costs.Cost | Profile | str | None = None,
+    method: str = "critic",
     readings: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -56,6 +58,8 @@ def post_training_search(
       loss: As for `compile` of Keras. None: what the model is compiled with.
       quality: See `SearchModel.compile`.
       cost: See `SearchModel.compile`.
+      method: "critic", or "sensitivities": the classical form, in which the effect of each format of each layer is
+        measured with all others in their widest, and the choice is an integer program (needs SciPy).
       readings: At most so many, each of 4 samples on one batch. None: 300 (our choice).
       batch_size: Examples per reading, of arrays.
       seed: Of the draws.
@@ -79,7 +83,7 @@ def post_training_search(
     searched.compile(
         optimizer="sgd", loss=loss, target_cost=target_cost, cost=cost, quality=quality, seed=seed, pretrained=True
     )
-    decide_formats(searched, data, readings=readings, batch_size=batch_size, verbose=verbose)
+    decide_formats(searched, data, method=method, readings=readings, batch_size=batch_size, verbose=verbose)
     return searched
 
 
@@ -88,6 +92,7 @@ def decide_formats(
     data: tf.data.Dataset | Iterable[Any],
     *,
     calibration_data: tf.data.Dataset | Iterable[Any] | None = None,
+    method: str = "critic",
     readings: int | None = None,
     batch_size: int = 64,
     verbose: bool = True,
@@ -96,15 +101,17 @@ def decide_formats(
 
     Args:
       searched: What `wrap` gave, of a trained network, after `compile`.
-      data, readings, batch_size, verbose: See `post_training_search`.
+      data, method, readings, batch_size, verbose: See `post_training_search`.
       calibration_data: Examples from which batch normalization is re-estimated for the formats. None: data.
 
     Returns:
       The number of readings.
 
     Raises:
-      ValueError: Data without labels, or of another shape than the network takes.
+      ValueError: Data without labels, or of another shape than the network takes; an unknown method.
     """
+    if method not in METHODS:
+        raise ValueError(f"method must be 'critic' or 'sensitivities', got {method!r}.")
     source = batches.read(data, searched.network, "data")
     if source.has_labels is False:
         raise ValueError("data has no labels: give a tuple (x, y) of arrays, or batches (x, y).")
@@ -116,8 +123,16 @@ def decide_formats(
             "those of other examples. Formats that are chosen now say nothing of the trained network.",
             searched.name,
         )
-    count = reader.decide_before_training(most=readings or READINGS, verbose=verbose)
-    if readings is None and count == READINGS:
+    if method == "sensitivities":
+        effects = reader.sensitivities(readings or READINGS, verbose)
+        target = searched.target_cost
+        assert target is not None  # configure_controller has looked
+        sample = integer_program.solve(effects, searched.controller.mask, searched.cost_table, target)
+        deciding.decide_on(searched, sample)
+    else:
+        reader.decide_before_training(most=readings or READINGS, verbose=verbose)
+    count = searched.controller.readings()
+    if readings is None and count >= READINGS and method == "critic":
         _LOG.info("Not sure after %d readings: more (readings=...) or larger batches may find better formats.", count)
     calibration = source if calibration_data is None else calibration_data
     averages.recalibrate(searched, calibration)

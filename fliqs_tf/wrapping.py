@@ -45,20 +45,20 @@ def wrap(
     r"""Makes a model whose number formats can be searched while it trains.
 
     Args:
-      model: A built Keras model: Functional, Sequential, or of a class of its own, whose `get_config` gives the
-        arguments of its `__init__`. It stays as it is; its weights are copied. Of one that is annotated with TensorFlow
-        Model Optimization only the annotated layers are quantized, see docs/tfmot.md.
+      model: A built Keras model: Functional, Sequential, or of a class of its own, whose `get_config` returns the
+        arguments of its `__init__`. It is not changed: its weights are copied. If it is annotated with TensorFlow Model
+        Optimization only the annotated layers are quantized, see docs/tfmot.md.
       space: The formats that every layer may take: a preset ("FLIQS-S-INT", "FLIQS-S-FLOAT", "FLIQS-L-INT",
         "FLIQS-L-FLOAT", "MIXED") or a list of formats. None: "FLIQS-S-INT", or what the profile has.
       rules: What differs for some layers: (pattern, formats), (pattern, None) to leave them in float, or
         `Rule(pattern, formats, tie)`. Patterns are searched in layer paths; later rules win.
       profile: A platform to search for: a `Profile`, the name of a shipped one, or the path of its JSON file. Every
-        choice of the search then runs on the platform, and `compile` counts its cost unless told otherwise.
-      target: What the result will be exported to: "tflite", "onnx" or "packed". Formats that it does not run
-        are left out; see `fliqs_tf.export.plan` for what it does with the others. With "tflite" INT2 .. INT8 remain,
-        and the int8 tensors between the layers of the file that `fliqs_tf.export.tflite` writes are quantized while
-        training, so that what is trained is what ships.
-      granularity: "layer": a decision per layer; "model": one for all. For blocks use rules that tie.
+        choice of the search then runs on the platform, and `compile` counts the platform's cost unless told otherwise.
+      target: What the result will be exported to: "tflite", "onnx" or "packed". Formats that the target does not run
+        are left out; `fliqs_tf.export.plan` shows what it does with the others. With "tflite" INT2 to INT8 remain, and
+        the int8 tensors between layers, as in the file that `fliqs_tf.export.tflite` writes, are quantized during
+        training: what is trained is what ships.
+      granularity: "layer": a decision per layer; "model": one for all layers. For blocks use rules that tie layers.
       tensors: "together": a decision sets the weights and the input of its layers; "weights": weights only;
         "separate": one decision each.
       input_shape: Shape of one example, for several inputs a list or dict of shapes; a `tf.TensorSpec` in place of a
@@ -67,10 +67,10 @@ def wrap(
         memory costs.
       attention_scores: True quantizes both operands of the two products in MultiHeadAttention and GroupQueryAttention
         layers, "scores" (query x key) and "context" (probabilities x value), and counts their MACs. Keys and values
-        take the part of weights: with tensors="separate" theirs are the decisions ".../weights".
+        play the part of weights: with tensors="separate" theirs are the decisions ".../weights".
 
     Returns:
-      A `SearchModel`: compile it with a `target_cost`, then `fit`.
+      A `SearchModel` of the same inputs and outputs: compile it with a `target_cost`, then `fit`.
 
     Raises:
       TypeError: The model is of the other Keras.
@@ -78,12 +78,15 @@ def wrap(
         duplicates, or leaves nothing to choose; a rule that matches no layer; formats that the profile or the
         target does not have; a layer or an input that files of the target cannot hold. The message says what to do.
       ImportError: target="onnx", and onnx is not installed.
+      OSError: The file of the profile cannot be read.
+
+    Source: arXiv 2308.03290 (the search, the spaces FLIQS-S); docs/method.md says what differs.
     """
     for option, asked in (("embeddings", embeddings), ("attention_scores", attention_scores)):
         if asked and target in ("onnx", "tflite"):
             raise ValueError(
-                f"{option}=True has no form in the files of target {target!r}: leave {option}=False, or take "
-                f"target='packed' or none."
+                f"target={target!r} does not support {option}=True: leave {option}=False, or use target='packed' or "
+                f"none."
             )
     spaces: Sequence[SpaceLike]
     if profile is None:
@@ -96,11 +99,13 @@ def wrap(
         rules = [_for_integers(rule) for rule in as_rules(rules)]
     elif target is not None:
         spaces = [targets.supported_formats(each, target, tensors) for each in spaces]
-    options = (rules, granularity, tensors, *spaces[1:])
     network = quantized_network(
         ModelGraph(model),
         spaces[0],
-        *options,
+        rules,
+        granularity,
+        tensors,
+        spaces[1] if len(spaces) > 1 else None,
         input_shape=input_shape,
         embeddings=embeddings,
         attention_scores=attention_scores,
@@ -122,7 +127,7 @@ def _for_integers(rule: Rule) -> Rule:
 
 
 def _check_target(searched: SearchModel, target: str) -> None:
-    """Raises if the target has no form of a layer or an input, or a rule gives a layer formats that it does not run."""
+    """Raises if the target cannot hold a layer, or a rule gives a layer formats that the target does not run."""
     for row in planning.plan(searched, target).unsupported:
         formats = f" cannot have {row.weights} weights and {row.inputs} inputs" if row.weights else ""
         raise ValueError(f"Layer {row.layer!r}{formats or f' is not for target {target!r}'}: {row.run.why}.")
@@ -146,24 +151,26 @@ def apply(
     """A copy of a model with fixed formats, for quantization-aware training with a given recipe.
 
     Args:
-      model: A built Keras model; stays as it is, its weights are copied.
+      model: A built Keras model. It is not changed: its weights are copied.
       recipe: A recipe for this model, or one format for every layer. Layers that the recipe does not name stay
         in float if the recipe came from a search that left them so.
-      target: "tflite": int8 tensors between the layers are quantized too, as in the file that
-        `fliqs_tf.export.tflite` writes.
+      target: "tflite": int8 tensors between layers are quantized too, as in the file that `fliqs_tf.export.tflite`
+        writes. None: they are not.
       input_shape: See `fliqs_tf.wrap`.
       embeddings, attention_scores: With one format for every layer: for the tables of embeddings and the products of
-        attention too. A recipe says it itself.
-      calibration_data: Examples, in any form that `fit` takes them in; some batches set the ranges of activations.
-        Training sets them too, but not in layers that are called with `training=False`. Without either a quantized
-        activation has the range of its batch, and what the model makes of an example depends on the others.
+        attention too. A recipe says so itself.
+      calibration_data: Examples, in any form that `fit` takes; the first 32 batches of a data set, or as many examples
+        from everywhere in arrays, set the ranges of activations. Training sets them too, except in layers that are
+        called with `training=False`. Without either a quantized activation has the range of its batch, and the result
+        for one example depends on the others.
 
     Returns:
       A plain Keras model of the same inputs and outputs, not compiled. Train it as any other.
 
     Raises:
-      ValueError: The recipe names layers that the model does not have, or the model has nothing to quantize; the
-        target has no form of a layer; calibration_data does not fit the model.
+      TypeError: The model is of the other Keras, or calibration_data does not hold examples.
+      ValueError: The recipe does not fit the model; the model is not built, cannot be copied, or has nothing to
+        quantize; the target does not support a layer; or calibration_data does not fit the model.
     """
     named = recipe.of_layers() if isinstance(recipe, Recipe) else ()
     graph = ModelGraph(model)

@@ -59,10 +59,10 @@ class CostTable:
 
     def of_samples(self, samples: ArrayLike) -> np.ndarray:
         """Exact cost of samples. Args: int array [m, decisions]. Returns: float64 [m], in the unit."""
-        samples = np.atleast_2d(np.asarray(samples))
-        total = self.constant + self.tables[np.arange(len(self.sizes)), samples].sum(axis=1)
+        rows = np.atleast_2d(np.asarray(samples))
+        total = self.constant + self.tables[np.arange(len(self.sizes)), rows].sum(axis=1)
         for (w, a), matrix in self.pairs.items():
-            total = total + matrix[samples[:, w], samples[:, a]]
+            total = total + matrix[rows[:, w], rows[:, a]]
         return total / self.per_unit
 
     def expected(self, probabilities: tf.Tensor) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""Biases as the int32 of a file can be: in the Keras model, before the file is written."""
+"""Biases that the int32 of a file can hold, in the Keras model, before the file is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fliqs_tf.layers.quantized import Quantized
 
 
 def settle(graph: ModelGraph) -> None:
-    """Moves biases to the multiples of (input scale * weight scale) that int32 biases can be.
+    """Moves biases to multiples of (input scale * weight scale), which is what int32 biases are.
 
-    By at most half of one, which is far less than quantization moves them about; but left as they are, rounding them in
-    the file would show in outputs. Changes the biases of layers and the betas of batch normalization in place. Inputs
-    of layers in float formats are rounded no more: the file computes these in float32.
+    Each moves by at most half a multiple. That is far less than quantization changes an output by; but if only the file
+    rounded its biases, its outputs would differ. Changes the biases of layers and the betas of batch normalization in
+    place. Inputs of layers in float formats are no longer rounded: the file computes these layers in float32.
 
     Args:
       graph: Of a deployed model with boundary quantizers.
@@ -27,7 +27,7 @@ def settle(graph: ModelGraph) -> None:
                 quantizer.pass_through()
     network = lowering.steps(graph)
     activation_scales = {step.output: step.options["scale"] for step in network.steps if step.kind == "quantize"}
-    moves: dict[int, tuple] = {}  # variable by id -> it, and how far each call of its layer wants it moved
+    moves: dict[int, tuple] = {}  # id of a variable -> it, and how far each call of its layer would move it
     for step in network.steps:
         if step.shift is None or not all(
             v in activation_scales and boundaries.is_integer(activation_scales[v].format) for v in step.inputs

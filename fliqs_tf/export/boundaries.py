@@ -1,9 +1,9 @@
 """Boundary quantizers: the int8 tensors between the layers of an integer network, as layers.
 
-The search gives a format to the input of every quantized layer. Integer kernels (LiteRT's) also hand int8 tensors to
-additions, pooling, concatenation, to several layers at once, and out of the network. A boundary quantizer is
-an `ActivationQuantizer` of fixed INT8 at such a place: it is no decision, has a range like any other activation, and
-makes the Keras model compute what the integer network will.
+The search gives a format to the input of every quantized layer. Integer kernels (LiteRT's) also pass int8 tensors to
+additions, pooling and concatenation, to several layers at once, and out of the network. A boundary quantizer is an
+`ActivationQuantizer` of fixed INT8 in such a place: nothing is decided about it, it has a range like any other
+activation, and it makes the Keras model compute what the integer network will.
 
 Where a value goes straight into one quantized layer there is none: the layer before writes that layer's codes.
 """
@@ -28,7 +28,7 @@ _LAYERS = keras.layers
 FORMAT = "INT8"
 SUFFIX = ranges.SUFFIX
 
-# They compute, and have integer kernels; additions and products of two inputs, see `_computes`.
+# Layers that compute with integer kernels; additions and products only of two inputs, see `_computes`.
 COMPUTING = (
     _LAYERS.BatchNormalization,
     _LAYERS.Add,
@@ -39,9 +39,9 @@ COMPUTING = (
 
 
 def fused_values(flow: dataflow.Dataflow) -> set[int]:
-    """Values that do not exist in an integer network: the kernel that makes them goes on to the next step.
+    """Values that never exist in an integer network, because the kernel that would make one also does what comes next.
 
-    A convolution takes batch normalization with it; it, normalization and addition take a ReLU.
+    Layers with kernels absorb a batch normalization behind them; these, a normalization and an addition absorb a ReLU.
     """
     found = set()
     for value, reading in flow.readers.items():
@@ -70,7 +70,7 @@ def has_channels_last(norm: keras.layers.BatchNormalization, maker: keras.layers
 def boundary_layers(flow: dataflow.Dataflow) -> list[str]:
     """Paths of the layers behind which an integer network needs a boundary quantizer.
 
-    A value needs one if a kernel with int8 output makes it and not exactly one quantizer reads it.
+    A value needs one if a kernel with int8 output makes it, unless one quantizer reads it and nothing else does.
     """
     fused, integer = fused_values(flow), _integer_values(flow)
     quantized: dict[int, str] = {}
@@ -90,7 +90,7 @@ def boundary_layers(flow: dataflow.Dataflow) -> list[str]:
         is_boundary = isinstance(call.layer, ActivationQuantizer)
         if found and value in integer and value not in fused and not is_direct and not is_boundary:
             quantized[value] = call.path
-    # What only moves codes needs no second quantizer.
+    # Behind a layer that only moves codes there is no need for a second one.
     for call in flow.calls:
         if (
             call.output in quantized
@@ -118,7 +118,7 @@ def _integer_values(flow: dataflow.Dataflow) -> set[int]:
 
 
 def _computes(call: dataflow.Call) -> bool:
-    return isinstance(call.layer, COMPUTING) and len(call.inputs) <= 2  # of more than two there is no kernel
+    return isinstance(call.layer, COMPUTING) and len(call.inputs) <= 2  # there is no kernel for more than two
 
 
 def is_integer(fmt: Format) -> bool:
@@ -134,17 +134,20 @@ def _is_integer(layer: keras.layers.Layer, how: Callable[[Iterable[bool]], bool]
     return all(how(is_integer(fmt) for fmt in space) for space in spaces)
 
 
-# ---- putting them in
+# ---- inserting them
 
 
 def with_boundary_quantizers(graph: ModelGraph) -> ModelGraph:
-    """A copy of a quantized network with boundary quantizers, and its weights.
+    """A copy of a quantized network, with its weights, and with boundary quantizers.
 
-    The activation of a quantized layer that integer kernels do not do by themselves (softmax) becomes a layer of its
-    own, so that there can be a boundary quantizer before it.
+    An activation that integer kernels do not include (softmax) is moved out of its quantized layer into a layer of its
+    own, so that there is a place for a boundary quantizer in front of it.
 
     Args:
       graph: Of a Functional or Sequential model with `Quantized` layers.
+
+    Raises:
+      ValueError: A layer has an activation function of the user's own, or the model cannot be copied; names the layer.
     """
     activations = _activations_apart(graph)
     apart = rewriting.with_added(graph, activations) if activations else graph
@@ -159,10 +162,10 @@ def with_boundary_quantizers(graph: ModelGraph) -> ModelGraph:
 
 
 def integer_formats(space: SpaceLike) -> Space:
-    """The formats of a space that integer kernels have; the others are dropped.
+    """The formats of a space for which there are integer kernels, INT2 to INT8; the others are dropped.
 
     Raises:
-      ValueError: There are none.
+      ValueError: None is left.
     """
     space = Space(space)
     kept = [fmt for fmt in space.formats if is_integer(fmt)]
@@ -181,7 +184,7 @@ def _activations_apart(graph: ModelGraph) -> dict[rewriting.Place, list[keras.la
             if copies.is_of_its_user(layer.layer.activation):
                 raise ValueError(
                     f"Layer {path!r} has the activation {activation(layer)!r}, which no kernel of TFLite computes: "
-                    f"leave target=None, or the layer in float."
+                    f"use target=None, or leave the layer in float."
                 )
             found[path] = [
                 _LAYERS.Activation(layer.layer.activation, name=f"{rewriting.last_name(path)}_{activation(layer)}")
@@ -196,7 +199,7 @@ def calibrate(graph: ModelGraph, representative: Iterable[Any] | None) -> None:
     """Gives a range to the boundary quantizers that have none, from their readers or from data.
 
     Args:
-      graph: What `with_boundary_quantizers` gave.
+      graph: What `with_boundary_quantizers` returned.
       representative: Batches of model inputs; None if there are none.
 
     Raises:

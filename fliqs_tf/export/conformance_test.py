@@ -31,7 +31,7 @@ L = keras.layers
 IMAGE, SEQUENCE, VECTOR = (6, 6, 4), (6, 4), (6,)
 EXAMPLES = 16
 EXACT, ONE_STEP = "exact", "one step"
-NO_TFLITE, NO_ONNX = "cannot be exported to TFLite", "has no ONNX form here"
+NO_TFLITE, NO_ONNX = "cannot be exported to TFLite", "is not supported by the ONNX exporter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ KERNELS = {
     "Conv2DTranspose": row(lambda: L.Conv2DTranspose(5, 3, strides=2, padding="same"), tflite=NO_TFLITE),
     "DepthwiseConv2D": row(lambda: L.DepthwiseConv2D(3, depth_multiplier=2, padding="same")),
     "SeparableConv2D": row(lambda: L.SeparableConv2D(5, 3)),
-    "Embedding": row(lambda: L.Embedding(9, 4), VECTOR, NO_TFLITE, "take float32", embeddings=True),
+    "Embedding": row(lambda: L.Embedding(9, 4), VECTOR, NO_TFLITE, "supports only float32", embeddings=True),
     "MultiHeadAttention": row(
         lambda: L.MultiHeadAttention(2, 3), SEQUENCE, NO_TFLITE, NO_ONNX, inputs=2, attention_scores=True
     ),

@@ -23,7 +23,7 @@ from fliqs_tf.quantize.recipe import Recipe, add_float_inputs
 
 HOW_TO_CALIBRATE = (
     "train the model, or give fliqs_tf.apply calibration_data=batches of inputs (layers that are called with "
-    "training=False need them in any case); fliqs_tf.ranges.calibrate(model, batches) does it for a model that is there"
+    "training=False need them in any case); fliqs_tf.ranges.calibrate(model, batches) does so for an existing model"
 )
 
 
@@ -89,11 +89,11 @@ def recipe(graph: ModelGraph) -> Recipe:
     layers = _decided(graph)
     in_float = [path for path, _ in graph.with_kernels]
     info = {"float_layers": in_float} if in_float else {}
-    # What is chosen for tables says nothing of the kind: they have no input to quantize.
+    # Tables do not tell the kind of recipe: they have no input to quantize.
     kinds = {_kind(layer) for _, layer in layers if not layer_types.table(walking.unwrapped(layer))} or {"weights"}
     formats: dict[str, str] = {}
     members: dict[str, list[str]] = {}
-    if len(kinds) > 1:  # layers quantized one by one: no recipe of one kind says that
+    if len(kinds) > 1:  # layers quantized one by one, which a recipe of one kind cannot express
         for path, layer in layers:
             inputs = layer.activation_quantizer
             formats[f"{path}/weights"] = format_of(layer.weight_quantizers[0]).name
@@ -139,41 +139,50 @@ def quantized_weights(path: str, layer: Quantized) -> dict[str, QuantizedWeight]
 
 
 def quantized_weight(name: str, quantizer: WeightQuantizer, weight: tf.Tensor) -> QuantizedWeight:
-    """What a fixed quantizer makes of a weight. `name` and errors as for `quantized_weights`."""
+    """A weight as a fixed quantizer quantizes it.
+
+    Args:
+      name: Name of the weight, for errors.
+      quantizer: Its quantizer.
+      weight: The weight in float.
+
+    Raises:
+      ValueError: The quantized weight has NaN or infinite entries.
+    """
     weight = tf.cast(weight, tf.float32)
     fmt = format_of(quantizer)
     computed = quantizer.call(weight).numpy()
-    if not np.isfinite(computed).all():  # rounding may also overflow next to the end of float32
-        raise ValueError(f"The weight {name!r} has NaN or infinite entries in {fmt}; nothing to export.")
+    if not np.isfinite(computed).all():  # rounding may overflow, too, near the end of float32's range
+        raise ValueError(f"The weight {name!r} has NaN or infinite entries in {fmt}; it cannot be exported.")
     if not fmt.is_scaled:
         return QuantizedWeight(fmt, computed, None)
     scale = scale_of(rounding.absolute_max(weight, quantizer.channel_axes).numpy(), fmt)
-    # Dividing by the scale gives back the value but for the last bit, which rounding mends.
+    # Dividing by the scale restores the value up to its last bit, which rounding puts right.
     values = rounding.fake_quant(computed / scale, fmt, amax=fmt.max).numpy()
-    if not np.array_equal(values * scale, computed):  # would be an error of the rounding function, not of the caller
+    if not np.array_equal(values * scale, computed):  # a fault of the rounding function, not of the caller
         raise AssertionError(f"{name}: values * scale are not what the layer computes with.")
     return QuantizedWeight(fmt, values, scale)
 
 
 def scale_of(amax: np.ndarray | np.floating, fmt: Format) -> np.ndarray:
-    """The scale that the rounding function takes: float32 amax / (largest value), never 0."""
+    """The scale that the rounding function computes: float32 amax / (largest value), never 0."""
     return np.maximum(np.asarray(amax, np.float32) / np.float32(fmt.max), np.finfo(np.float32).tiny)
 
 
 def weights_of(weight: QuantizedWeight) -> np.ndarray:
     """float32 weights that a layer quantizes to the values and the scale of `weight`, to the bit: values * scale.
 
-    That is so because float32 scale * (largest value) is an amax of the same scale again, for every scale that an
-    amax can have; the tests go through all of them.
+    This holds because float32 scale * (largest value), taken as amax, gives the same scale again, for every scale that
+    an amax can give; the tests go through all of them.
     """
     return weight.values if weight.scale is None else weight.values * weight.scale
 
 
 def input_scale(quantizer: ActivationQuantizer) -> np.ndarray | None:
-    """Scale of an activation quantizer as a float32 number; None for a cast.
+    """Scale of an activation quantizer, a float32 number; None for a cast, which has none.
 
     Raises:
-      ValueError: The range was never trained, so that every batch has a scale of its own.
+      ValueError: No data has set the range, so that every batch would have a scale of its own.
     """
     fmt = format_of(quantizer)
     if not fmt.is_scaled:

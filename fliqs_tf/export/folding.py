@@ -1,8 +1,8 @@
-"""Fewer steps: what does nothing is left out, batch normalization and ReLU go into the step before them.
+"""Fewer steps: identities are dropped, batch normalization and ReLU are folded into the step before them.
 
-Symmetric scales per output channel make that exact for the codes: gain * (scale * code) = (|gain| * scale) *
-(sign(gain) * code). Only the scales change, and codes of channels with negative gain change their sign: the codes that
-were trained are the codes that ship.
+With symmetric scales per output channel that leaves the codes exact: gain * (scale * code) = (|gain| * scale) *
+(sign(gain) * code). Only the scales change, and the signs of codes in channels of negative gain: the codes that were
+trained are the codes that ship.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from fliqs_tf.export.steps import Step
 
 
 def without_identities(found: list[Step], outputs: Container[int]) -> list[Step]:
-    """Drops steps that give what they read, but for those that make an output."""
+    """Drops steps that return what they read, except those that make an output of the network.
+
+    Args:
+      found: Steps in an order in which they can run.
+      outputs: Values that the network returns.
+    """
     same: dict[int, int] = {}
     kept = []
     for step in found:
@@ -27,7 +32,12 @@ def without_identities(found: list[Step], outputs: Container[int]) -> list[Step]
 
 
 def merged(found: list[Step], outputs: Container[int]) -> list[Step]:
-    """Batch normalization goes into the linear step before it; ReLU into the linear, affine or adding step."""
+    """Merges batch normalization into the linear step before it, and ReLU into the linear, affine or adding step.
+
+    Args:
+      found: Steps in an order in which they can run; some of them are changed.
+      outputs: Values that the network returns; no step that makes one is merged with the next.
+    """
     counts: dict[int, int] = {}
     for step in found:
         for value in step.inputs:

@@ -1,4 +1,4 @@
-"""A deployed Keras model as a list of steps: what an exporter of integer networks writes out.
+"""A deployed Keras model as a list of steps, for exporters of integer networks to write.
 
 `lowering_kernels` and `lowering_layers` say what the layers are, `folding` what becomes of batch normalization.
 """
@@ -20,13 +20,17 @@ _LAYERS = keras.layers
 
 
 def steps(graph: ModelGraph) -> IntegerNetwork:
-    """Reads a deployed model.
+    """The steps of a deployed model.
 
     Args:
-      graph: Of a Functional or Sequential model, every format fixed.
+      graph: Of a Functional or Sequential model, with every format fixed.
+
+    Returns:
+      Its steps in an order in which they can run, without identities, and with batch normalization and ReLU merged into
+      the steps before them where one kernel does both.
 
     Raises:
-      ValueError: Names the layer that cannot be read, and why.
+      ValueError: A layer has no counterpart in a TFLite file, several formats, or no range; names the layer.
     """
     flow = graph.dataflow
     found: list[Step] = []
@@ -84,7 +88,7 @@ def _output_shape(call: dataflow.Call, inputs: list[Shape]) -> Shape:
         shape = call.layer.compute_output_shape(inputs)
     else:
         shape = call.layer.compute_output_shape(inputs[0])
-    if isinstance(walking.unwrapped(call.layer), _LAYERS.EinsumDense):  # it may leave sizes open that its input has
+    if isinstance(walking.unwrapped(call.layer), _LAYERS.EinsumDense):  # it may leave open what its input knows
         shape = (*inputs[0][:-1], shape[-1])
     return tuple(shape)[1:]
 
@@ -123,7 +127,7 @@ def _read(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Iterat
 def _merging_steps(
     call: dataflow.Call, kind: str, inputs: list[Shape], output: Shape, fresh: Iterator[int]
 ) -> list[Step]:
-    """An operation on several values; those of lower rank first get axes behind that of examples, as in Keras."""
+    """An operation on several values. As in Keras, values of lower rank first get axes right after the batch axis."""
     rank = max(len(shape) for shape in inputs)
     made, values, shapes = [], list(call.inputs), [(*[1] * (rank - len(shape)), *shape) for shape in inputs]
     for i, (narrow, wide) in enumerate(zip(inputs, shapes)):

@@ -1,4 +1,4 @@
-"""What the layers with kernels are in an integer network: codes of the input, a kernel or two, an activation."""
+"""Layers with kernels as steps: codes of the input, a kernel or two, an activation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ def check(layer: keras.layers.Layer, path: str) -> None:
 
 
 def quantized_steps(call: dataflow.Call, inputs: list[Shape], output: Shape, fresh: Fresh) -> list[Step]:
-    """A quantized layer: its input is rounded, then what is inside of it."""
+    """A quantized layer: the rounding of its input, and the steps of the layer inside.
+
+    Args:
+      call: Its call.
+      inputs, output: Shapes of one example.
+      fresh: Numbers for values in between.
+    """
     layer, value, made = call.layer, call.inputs[0], []
     if layer.activation_quantizer is not None:
         activation_scale = activation_scale_of(layer.activation_quantizer, call.path)
@@ -53,7 +59,16 @@ def linear_steps(
     quantized: Quantized | None,
     fresh: Fresh,
 ) -> list[Step]:
-    """A layer with one kernel, or the two of a separable convolution, and its activation."""
+    """A layer with one kernel, or the two of a separable convolution, and its activation.
+
+    Args:
+      call: Its call.
+      layer: The layer, without its quantizers.
+      value, shape: Its input.
+      output: Shape of its output.
+      quantized: The `Quantized` around it; None for a layer in float.
+      fresh: Numbers for values in between.
+    """
     name = commuting.activation(layer)
     kernels = layer_types.kernels(layer)
     quantizers = quantized.weight_quantizers if quantized is not None else [None] * len(kernels)
@@ -89,7 +104,11 @@ def linear_steps(
 
 
 def operation_of(path: str, layer: keras.layers.Layer) -> str:
-    """ "dense", "conv" or "depthwise" of a layer with one kernel; raises if it has no counterpart in the file."""
+    """What a layer with one kernel computes: "dense", "conv" or "depthwise".
+
+    Raises:
+      ValueError: It has no counterpart in a TFLite file; names the layer.
+    """
     if isinstance(layer, _LAYERS.Dense):
         return "dense"
     if isinstance(layer, _LAYERS.EinsumDense):
@@ -143,10 +162,14 @@ def _linear(
 
 
 def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> ActivationScale:
-    """What a quantizer of one fixed format rounds to.
+    """The format and the range that a fixed quantizer rounds to.
+
+    Args:
+      quantizer: The quantizer.
+      path: Path of its layer, for errors.
 
     Raises:
-      ValueError: Several formats, a format without integer or float kernels, or no range.
+      ValueError: It has several formats, one that TFLite has no kernels for, or no range.
     """
     (fmt,) = _fixed(quantizer, path)
     amax, seen = np.float32(quantizer.range[0]), float(quantizer.range[1])
@@ -160,12 +183,12 @@ def activation_scale_of(quantizer: ActivationQuantizer, path: str) -> Activation
 def _fixed(quantizer: Quantizer, path: str) -> tuple[Format, ...]:
     if len(quantizer.space) > 1:
         raise ValueError(
-            f"Layer {path!r} may still take {len(quantizer.space)} formats: export what qmodel.deploy() gives."
+            f"Layer {path!r} may still take {len(quantizer.space)} formats: export what qmodel.deploy() returns."
         )
     for fmt in quantizer.space.formats:
         if not fmt.is_integer and fmt.is_scaled:
             raise ValueError(
-                f"Layer {path!r} has the format {fmt}, and TFLite has no kernels for it. fliqs_tf.export.packed "
+                f"Layer {path!r} has the format {fmt}, for which TFLite has no kernels. fliqs_tf.export.packed "
                 f"writes any format, fliqs_tf.export.onnx E4M3, E5M2 and E2M1."
             )
     return quantizer.space.formats

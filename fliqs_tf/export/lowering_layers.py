@@ -1,4 +1,4 @@
-"""What the layers without kernels are in an integer network, each as the kind and the options of a step."""
+"""Layers without kernels as steps: the kind and the options of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Reader: TypeAlias = Callable[[keras.layers.Layer, str, Shapes], Read]
 
 
 def knows(cls: type) -> bool:
-    """True for a class of layers without kernels that may have a counterpart in the file."""
+    """True for a class of layers without kernels that has a counterpart in a TFLite file, for some options at least."""
     return cls in _READERS
 
 
@@ -34,8 +34,11 @@ def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
       path: Its path, for errors.
       inputs: Shapes of its inputs, of one example.
 
+    Returns:
+      (kind, options) of the `Step`.
+
     Raises:
-      ValueError: It has no counterpart in the file; says why.
+      ValueError: It has no counterpart in a TFLite file; says why.
     """
     if not knows(type(layer)):
         raise unsupported(path, layer)
@@ -43,18 +46,22 @@ def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
 
 
 def unsupported(path: str, layer: keras.layers.Layer, why: str = "") -> ValueError:
-    """The error for a layer that has no counterpart in the file."""
+    """The error for a layer that has no counterpart in a TFLite file."""
     layer = getattr(layer, "quantized_layer", layer)
     return ValueError(
         f"Layer {path!r} of class {type(layer).__name__} cannot be exported to TFLite{': ' + why if why else ''}. "
-        f"Take fliqs_tf.export.onnx or fliqs_tf.export.packed, or tf.lite.TFLiteConverter for a float file."
+        f"Use fliqs_tf.export.onnx or fliqs_tf.export.packed, or tf.lite.TFLiteConverter for a float file."
     )
 
 
 def window(layer: keras.layers.Layer, path: str) -> dict[str, Any]:
-    """Options of a convolution or pooling: strides, padding, dilation."""
+    """Options of a convolution or pooling: strides, padding, dilation.
+
+    Raises:
+      ValueError: LiteRT has no kernel for them; names the layer.
+    """
     if getattr(layer, "data_format", "channels_last") != "channels_last":
-        raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
+        raise unsupported(path, layer, "data_format is 'channels_first'; LiteRT's kernels have channels last")
     strides = layer.strides if isinstance(layer.strides, (tuple, list)) else (layer.strides,) * 2
     dilation = getattr(layer, "dilation_rate", 1)
     dilation = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * 2
@@ -89,7 +96,7 @@ def _rescaling(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
 
 
 def activation(layer: keras.layers.Layer, path: str, inputs: Shapes = ()) -> Read:
-    """The activation of a layer, or that it is, as a step of its own."""
+    """The activation that a layer has, or is, as a step of its own; arguments, result and errors as for `read`."""
     name = commuting.activation(layer)
     known = ("linear", "relu", "relu6", "softmax", "sigmoid", "tanh", "silu", "swish")
     if name not in known:
@@ -114,7 +121,7 @@ def _pooling(kind: str) -> Reader:
 def _global_pooling(kind: str) -> Reader:
     def read(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read:
         if getattr(layer, "data_format", "channels_last") != "channels_last":
-            raise unsupported(path, layer, "channels_first; LiteRT has channels last only")
+            raise unsupported(path, layer, "data_format is 'channels_first'; LiteRT's kernels have channels last")
         return kind, {"keepdims": bool(layer.keepdims)}
 
     return read
@@ -134,7 +141,7 @@ def _concatenation(layer: keras.layers.Layer, path: str, inputs: Shapes) -> Read
     rank = len(inputs[0]) + 1
     axis = layer.axis % rank
     if axis == 0:
-        raise unsupported(path, layer, "it joins examples")
+        raise unsupported(path, layer, "it joins along the batch axis")
     return "concatenate", {"axis": axis}
 
 

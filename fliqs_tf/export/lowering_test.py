@@ -216,7 +216,7 @@ def test_a_range_that_saw_nothing_and_formats_without_kernels_are_refused():
         layer = quantized(pointwise())
         layer.activation_quantizer.range.assign([0, 0])
         steps(layer)
-    with pytest.raises(ValueError, match="Layer 'conv' has the format E4M3, and TFLite has no kernels for it"):
+    with pytest.raises(ValueError, match="Layer 'conv' has the format E4M3, for which TFLite has no kernels"):
         steps(quantized(pointwise(), "E4M3"))
     with pytest.raises(ValueError, match="Layer 'conv' may still take 2 formats"):
         steps(fliqs_tf.Quantized(pointwise(), ["INT4", "INT8"], ["INT4", "INT8"], name="conv"))
@@ -285,6 +285,9 @@ def test_inputs_are_checked_too(shape, dtype, message):
 def test_and_layers_of_several_inputs():
     x = L.Input((4, 2))
     joined, attended = L.Concatenate(axis=0, name="odd")([x, x]), L.MultiHeadAttention(1, 2, name="odd")(x, x)
-    for y, message in ((joined, "Concatenate .*: it joins examples"), (attended, "MultiHeadAttention cannot be")):
+    for y, message in (
+        (joined, "Concatenate .*: it joins along the batch axis"),
+        (attended, "MultiHeadAttention cannot be"),
+    ):
         with pytest.raises(ValueError, match=f"Layer 'odd' of class {message}"):
             lowering.check_layers(ModelGraph(keras.Model(x, y)))

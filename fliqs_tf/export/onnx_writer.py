@@ -1,7 +1,7 @@
-"""A deployed model to an ONNX file; `onnx_formats` says what each format becomes.
+"""Writes a deployed model as an ONNX file; `onnx_formats` says what each format becomes.
 
-The file is made from the layers, not from a graph of TensorFlow operations: converters of those see the arithmetic of
-the rounding function, and not that it means QuantizeLinear.
+The file is made from the layers, not from a graph of TensorFlow operations: a converter of such a graph sees the
+arithmetic of the rounding function, but not that it is a QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def onnx(final: keras.Model, path: str | os.PathLike) -> None:
 
     Args:
       final: What `deploy()` or `fliqs_tf.apply` returned; Functional or Sequential, float32, channels last.
-      path: Of the file. Whole or not there.
+      path: The file to write. It is written whole or not at all.
 
     Raises:
       ImportError: onnx is not installed.
-      ValueError: Not a deployed model; a layer without an ONNX form here, or a format that ONNX has no type for: names
-        the layer and what takes it.
+      ValueError: Not a deployed model; or this exporter does not support a layer, or ONNX has no type for a format:
+        names the layer, and an exporter that supports it.
       OSError: The file cannot be written.
     """
     graph = ModelGraph(final)
@@ -60,7 +60,7 @@ def check_layers(graph: ModelGraph) -> None:
 
 
 def takes(layer: keras.layers.Layer) -> bool:
-    """True if layers of this class have an ONNX form here."""
+    """True if the ONNX exporter supports layers of this class; how they are configured may still rule them out."""
     inner = layer.quantized_layer if isinstance(layer, Quantized) else layer
     return isinstance(inner, (ActivationQuantizer, _LAYERS.InputLayer)) or type(inner) in CONVERTERS
 
@@ -76,7 +76,7 @@ def _model(graph: ModelGraph) -> Any:
     outputs = []
     for value, name in zip(network.outputs, network.output_names):
         builder.path = ""
-        # Under its own name, also where an input or one tensor twice is given out.
+        # Under a name of its own, even if it is an input, or if two outputs are one tensor.
         made = builder.last(values[value])
         name = builder.name(name)
         builder.nodes.append(helper.make_node("Identity", [made], [name], name=f"{name}/Identity"))
@@ -116,14 +116,15 @@ def _converted(builder: OnnxBuilder, call: dataflow.Call, layer: keras.layers.La
     if convert is None or call.constants:
         known = sorted({kind.__name__ for kind in CONVERTERS})
         raise ValueError(
-            f"Layer {call.path!r} of class {type(walking.unwrapped(layer)).__name__} has no ONNX form here. Known: "
-            f"{', '.join(known)}. "
-            f"fliqs_tf.export.packed takes any layer."
+            f"Layer {call.path!r} of class {type(walking.unwrapped(layer)).__name__} is not supported by the ONNX "
+            f"exporter. Supported: {', '.join(known)}. fliqs_tf.export.packed takes any layer."
         )
     if getattr(inner, "compute_dtype", "float32") != "float32":
-        raise ValueError(f"Layer {call.path!r} computes in {inner.compute_dtype}; ONNX files are float32.")
+        raise ValueError(
+            f"Layer {call.path!r} computes in {inner.compute_dtype}; the ONNX exporter supports only float32."
+        )
     if getattr(inner, "data_format", "channels_last") == "channels_first":
-        raise ValueError(f"Layer {call.path!r} has channels first; give a model with channels last.")
+        raise ValueError(f"Layer {call.path!r} has channels first; the ONNX exporter supports only channels last.")
     if not layer_types.kernels(inner):
         return convert(builder, inner, *inputs)
     weights: dict[str, Weight] = {}

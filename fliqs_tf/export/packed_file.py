@@ -6,8 +6,8 @@ Tensors, by the path of their layer:
   BF16 and FP32 as they are: of the weight's shape, in units of the scale. Any other format: U8 [bytes], a dense stream
   of codes over the weight in C order, see `fliqs_tf.numerics.encoding`.
 * `conv1/kernel.scale`: F32, one per output channel, of a shape that broadcasts to the weight's. weight = value * scale.
-  BF16 and FP32 have none.
-* `conv1/input.range`: F32 [2], (amax, how much it has seen: 0 before any training, when every batch is its own range).
+  BF16 and FP32 have no scale.
+* `conv1/input.range`: F32 [2], (amax, weight of the data seen: 0 before any training, when a batch has its own range).
   A tensor between the two kernels of a separable convolution has `middle.range`. scale = amax * clip / (largest value).
 * everything else (biases, normalization, layers in float) under its own name and in its own type.
 
@@ -48,7 +48,7 @@ from fliqs_tf.numerics.formats import Format
 LAYOUT = 1
 _MOST_CONFIG_BYTES = 256 * 2**20
 # Formats whose codes are a type of safetensors.
-_NATIVE = {
+_NATIVE: dict[str, np.dtype] = {
     "INT8": np.dtype(np.int8),
     "INT16": np.dtype(np.int16),
     "E4M3": np.dtype(tf.dtypes.experimental.float8_e4m3fn.as_numpy_dtype),
@@ -57,7 +57,7 @@ _NATIVE = {
     "BF16": np.dtype(tf.bfloat16.as_numpy_dtype),
     "FP32": np.dtype(np.float32),
 }
-_DTYPES = {
+_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(bool),
     **{f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
     **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
@@ -70,11 +70,11 @@ _DTYPES = {
 def packed(final: keras.Model, path: str | os.PathLike) -> None:
     """Writes a deployed model as one safetensors file: weights as codes at their true width, scales, recipe, network.
 
-    The file is read again before it takes its place: what `load_packed` restores computes with the same weights.
+    Before the file takes its place it is read back: what `load_packed` restores computes with the same weights.
 
     Args:
       final: What `deploy()` or `fliqs_tf.apply` returned.
-      path: Of the file; by custom it ends in .safetensors. Whole or not there.
+      path: The file to write, whole or not at all; by convention it ends in .safetensors.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -136,7 +136,7 @@ def load_packed(path: str | os.PathLike, *, custom_objects: dict[str, Any] | Non
     Its weights are code * scale, which its layers quantize to the same codes and scales again.
 
     Args:
-      path: Of the file.
+      path: The file.
       custom_objects: {name: class or function} of layers that are not Keras' own and not registered with
         `keras.saving.register_keras_serializable`. No module is imported because a file names it.
 
@@ -145,8 +145,8 @@ def load_packed(path: str | os.PathLike, *, custom_objects: dict[str, Any] | Non
 
     Raises:
       ImportError: safetensors is not installed.
-      ValueError: Damaged, not written by `packed`, by a later version of it, or under the other Keras; the message
-        names the file and what is wrong.
+      ValueError: The file is damaged, or was not written by `packed`, or by a later version of it, or under the other
+        Keras; the message names the file and says what is wrong.
       OSError: It cannot be read.
     """
     data = pathlib.Path(path).read_bytes()
@@ -176,7 +176,7 @@ def _plain_variables(graph: ModelGraph) -> dict[str, tf.Variable]:
     for _, layer in graph.of_type(Quantized):
         seen |= {id(v) for v in _kernels("", layer).values()}
         seen |= {id(v) for q in (*layer.weight_quantizers, *layer.activation_quantizers) for v in q.weights}
-    # Backwards: what a composite layer is made of comes before it, and has its variables.
+    # In reverse the parts of a composite layer come before it: they name the variables that it has, too.
     for path, layer in reversed(graph.layers):
         if isinstance(layer, keras.layers.Lambda):
             raise ValueError(
@@ -244,13 +244,13 @@ def _read(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         metadata = files.parse_json(data[8 : 8 + length]).get("__metadata__") or {}
         header = files.parse_json(metadata.get("fliqs_tf", "null").encode())
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"it is no safetensors file, or damaged ({error}).") from None
+        raise ValueError(f"it is not a safetensors file, or it is damaged ({error}).") from None
     if not isinstance(header, dict) or "layout" not in header:
         raise ValueError("it is a safetensors file that fliqs_tf did not write.")
     if header["layout"] != LAYOUT:
         raise ValueError(f"its layout is {header['layout']!r}; this version of fliqs_tf reads {LAYOUT!r}.")
     if header.get("sha256") != _digest(header, {n: (t["shape"], t["data"]) for n, t in loaded}):
-        raise ValueError("it is damaged: its SHA-256 is another one.")
+        raise ValueError("it is damaged: its SHA-256 does not match.")
     return header, {n: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in loaded}
 
 
@@ -259,8 +259,8 @@ def _restore(data: bytes, custom_objects: dict[str, Any] | None) -> ModelGraph:
     try:
         return _restored(header, tensors, custom_objects or {})
     except (KeyError, TypeError, AttributeError) as error:
-        # Written with a right digest, so by a program: which one is not for us to say.
-        raise ValueError(f"its header is not what this layout has ({error!r}).") from None
+        # The digest is right, so a program wrote it; which one is not for us to guess.
+        raise ValueError(f"its header does not fit this layout ({error!r}).") from None
 
 
 def _restored(header: dict[str, Any], tensors: dict[str, np.ndarray], custom_objects: dict[str, Any]) -> ModelGraph:
@@ -288,7 +288,7 @@ def _restored(header: dict[str, Any], tensors: dict[str, np.ndarray], custom_obj
             )
         variable.assign(values[name])
     for _, layer in graph.layers:
-        if hasattr(layer, "finalize_state"):  # Normalization computes with what it took from its variables
+        if hasattr(layer, "finalize_state"):  # Normalization computes with what it derives from its variables
             layer.finalize_state()
     return graph
 
@@ -314,15 +314,15 @@ def _rebuilt(network: str, custom_objects: dict[str, Any]) -> keras.Model:
     loading.check_config(config, custom_objects)
     try:
         return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects, safe_mode=True)
-    except Exception as error:  # Keras raises what it likes about a configuration, the cause last
+    except Exception as error:  # Keras may raise anything; its messages end with the cause
         cause = " ".join(str(error).split()).rpartition("Exception encountered: ")[2]
         raise ValueError(f"Keras cannot rebuild its network: {cause[:300]}") from None
 
 
 def _check_same(weights: dict[str, deployed.QuantizedWeight], restored: ModelGraph) -> None:
-    """Raises if a restored layer computes with another weight, as one whose variables are float16 would."""
+    """Raises if a restored layer computes with a different weight, as one whose variables are float16 would."""
     for path, layer in deployed.quantized_layers(restored):
         for attribute, weight in deployed.quantized_weights(path, layer).items():
             expected = weights[f"{path}/{attribute}"]
             if not np.array_equal(deployed.weights_of(weight), deployed.weights_of(expected)):
-                raise ValueError(f"the weight '{path}/{attribute}' would not come back to the bit.")
+                raise ValueError(f"the weight '{path}/{attribute}' would not be restored to the bit.")

@@ -25,7 +25,7 @@ class Row:
       layer: Path of the layer.
       kind: Name of its class; "" if only a recipe is known.
       weights, inputs: Names of its formats; "FP32" for what stays in float, "" for a layer without a kernel.
-      run: How.
+      run: How the target runs it.
     """
 
     layer: str
@@ -50,7 +50,7 @@ class SupportTable:
 
     @property
     def unsupported(self) -> tuple[Row, ...]:
-        """The rows that cannot run."""
+        """The rows that the target cannot run."""
         return tuple(row for row in self.rows if row.run.how == CANNOT)
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ def _rows_of_recipe(recipe: Recipe, run: Callable[..., Run]) -> Iterator[Row]:
 
 
 def _graph_of(model: keras.layers.Layer) -> ModelGraph:
-    """That of the network, if the model is still being searched."""
+    """The graph of a model, or of the network inside it if its formats are still being searched."""
     graph = getattr(model, "graph", None)
     return graph if isinstance(graph, ModelGraph) else ModelGraph(model)
 
@@ -127,7 +127,7 @@ def _rows_of_model(graph: ModelGraph, run: Callable[..., Run], target: str) -> I
 
 
 def _choices(layer: keras.layers.Layer) -> list[tuple[str, str]]:
-    """Pairs of formats that a layer has or may come to have."""
+    """(weight format, input format) pairs that a layer has or that its search may choose."""
     if not isinstance(layer, Quantized):
         return [(costs.FLOAT.name, costs.FLOAT.name)]
     weights = layer.weight_quantizers[0].space.names
@@ -140,9 +140,10 @@ def _choices(layer: keras.layers.Layer) -> list[tuple[str, str]]:
 
 
 def _why_no_file(path: str, layer: keras.layers.Layer, target: str) -> str:
-    """Why a file target has no form for a layer, whatever its formats; "" if it has."""
+    """Why a file target cannot hold a layer, whatever its formats; "" if it can."""
     if target == "onnx" and not onnx_writer.takes(layer):
-        return f"no ONNX form for {type(walking.unwrapped(layer)).__name__}; fliqs_tf.export.packed takes any layer"
+        kind = type(walking.unwrapped(layer)).__name__
+        return f"the ONNX exporter does not support {kind}; fliqs_tf.export.packed takes any layer"
     if target == "tflite":
         return lowering.why_not(path, layer)
     return ""

@@ -73,7 +73,7 @@ def test_of_a_deployed_model():
     assert "'memory' of class LSTM" in by_layer["memory"].run.why
     onnx = {row.layer: row.run for row in export.plan(fliqs_tf.apply(network(), "INT4"), "onnx").rows}
     assert onnx["groups"].how == "native"
-    assert onnx["memory"].why == "no ONNX form for LSTM; fliqs_tf.export.packed takes any layer"
+    assert onnx["memory"].why == "the ONNX exporter does not support LSTM; fliqs_tf.export.packed takes any layer"
     assert {row.run.how for row in export.plan(fliqs_tf.apply(network(), "E3M6"), "packed").rows} == {"native"}
 
 
@@ -126,6 +126,8 @@ def test_a_search_for_a_target_leaves_out_what_does_not_run_there():
 def test_a_search_for_onnx_refuses_layers_without_a_form_before_training():
     inputs = keras.Input((8, 3))
     model = keras.Model(inputs, L.LSTM(4, name="cell")(L.Dense(3)(inputs)))
-    with pytest.raises(ValueError, match="Layer 'cell' is not for target 'onnx': no ONNX form for LSTM; .*packed"):
+    with pytest.raises(
+        ValueError, match="Layer 'cell' cannot be exported to 'onnx': the ONNX exporter does not support LSTM; .*packed"
+    ):
         fliqs_tf.wrap(model, ["INT4", "INT8"], target="onnx")
     assert fliqs_tf.wrap(model, ["INT4", "INT8"], target="packed").decisions

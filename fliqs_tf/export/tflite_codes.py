@@ -1,11 +1,11 @@
-"""What the codes of int8 tensors mean, from what a kernel writes to what its readers take.
+"""What the codes of int8 tensors mean, from those that a kernel writes to those that its readers take.
 
 * INT8: value = scale * code, scale = amax / 127.
 * INT2 .. INT7 with largest code m: the kernel before writes value = scale * (code - z), scale = amax / m, with the zero
-  point z at which int8 ends where the format ends: z = 127 - m cuts off above m; where values can be negative, a
+  point z for which int8 ends where the format ends: z = 127 - m cuts off above m; where values can be negative, a
   second tensor with z = m - 128 cuts off below -m. Then the codes are spread by k = 127 // m (scale / k, code * k),
   which changes no value, but gives the accumulators and biases of the next kernel k times finer steps: LiteRT
-  rounds them, and coarse ones would show.
+  rounds them, and coarse steps would show in its outputs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ _LARGEST = 127
 
 
 def parameters(scale: ActivationScale) -> QuantizationParameters:
-    """What the codes of a value at a scale mean to all that read them."""
+    """What the codes of a value at a scale mean to everything that reads them."""
     return QuantizationParameters(scale.int8_scale)
 
 
 def stages(scale: ActivationScale, activation: str) -> list[QuantizationParameters]:
-    """The int8 tensors on the way to a scale: what a kernel writes, what that is turned into, and so on.
+    """The int8 tensors on the way to a scale: the one that a kernel writes, what that is turned into, and so on.
 
     Args:
-      scale: Where to; the last stage means what `parameters` says.
-      activation: What the kernel does itself: "linear", "relu" or "relu6"; "clipped" if all values lie within the range
-        already, and nothing is to be cut off.
+      scale: The scale to arrive at; `parameters` says what the last stage means.
+      activation: The activation that the kernel includes, "linear", "relu" or "relu6"; or "clipped" if all values lie
+        within the range already and nothing needs cutting off.
+
+    Returns:
+      What the codes of each stage mean, one to three of them.
     """
     m = scale.largest
     if m == _LARGEST or activation == "clipped":
@@ -43,5 +46,5 @@ def stages(scale: ActivationScale, activation: str) -> list[QuantizationParamete
 
 
 def lies_within(before: ActivationScale, after: ActivationScale) -> bool:
-    """True if no int8 code in steps of one scale means a value that another scale would cut off."""
+    """True if no int8 code at the first scale means a value that the second scale would cut off."""
     return bool(before.amax * np.float32(_LARGEST + 1) / before.largest < (after.largest + 0.49) * after.scale)

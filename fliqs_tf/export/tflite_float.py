@@ -1,4 +1,4 @@
-"""Steps as kernels on float32."""
+"""Steps as float32 kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from fliqs_tf.export.tflite_tensors import Tensors
 
 
 def write(tensors: Tensors, step: Step, output: int) -> None:
-    """Appends the operations of a step, which write to the tensor `output`."""
+    """Appends the operations of a step.
+
+    Args:
+      tensors: Those of the file; its inputs are taken in float32.
+      step: Any step that does more than move values or round them.
+      output: The float32 tensor to write to.
+    """
     _KERNELS[step.kind](tensors, step, output)
 
 
@@ -56,7 +62,7 @@ def _activation(tensors: Tensors, step: Step, output: int) -> None:
 
 
 def _nothing(tensors: Tensors, step: Step, output: int) -> None:
-    """A layer that does nothing makes an output of the network."""
+    """A layer that does nothing, but makes an output of the network."""
     tflite_moves.reshape(tensors.file, step, [tensors.as_float(step.inputs[0])], output)
 
 
@@ -84,7 +90,7 @@ def _merging(name: str) -> Callable[[Tensors, Step, int], None]:
 
 
 def _between(tensors: Tensors, step: Step) -> int:
-    """A tensor of the shape of a step's output, for what comes before it."""
+    """A tensor of the shape of a step's output, for an intermediate result."""
     return tensors.file.tensor(step.path, (-1, *step.shapes[-1]), np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Steps as kernels on int8 codes.
+"""Steps as integer kernels, on int8 codes.
 
 Weights of 4 bits or fewer are int4 where there are kernels (CONV_2D, FULLY_CONNECTED), all others int8.
 """
@@ -20,7 +20,7 @@ Rounding: TypeAlias = tuple[type, dict]
 
 
 def takes(step: Step) -> bool:
-    """True if the step's weights, window and number of inputs have an integer kernel."""
+    """True if there is an integer kernel for the step's weights, window and number of inputs."""
     if step.kind == "linear":
         return step.kernel.codes is not None
     if step.kind == "average_pool":
@@ -34,13 +34,16 @@ def write(file: TfliteFile, step: Step, sources: list[Codes], target: Codes, int
     """Appends the operations of a step.
 
     Args:
-      file: Where to.
-      step: One that `takes` says yes to.
+      file: The file under construction.
+      step: A step that `takes` accepts.
       sources, target: Tensors of its inputs and of its output.
-      int4: Whether weights may be int4.
+      int4: Whether weights may be stored as int4.
 
     Returns:
-      How the kernel rounds, if that is not what Keras and a quantizer do: see `requantize`.
+      How the kernel rounds, see `requantize`; None if it rounds as a quantizer does.
+
+    Raises:
+      ValueError: A weight or a bias is not finite; names the layer.
     """
     if step.kind in ("add", "multiply"):
         return _binary(file, step, sources, target)
@@ -83,7 +86,7 @@ def _linear(file: TfliteFile, step: Step, linear: Linear, source: Codes, target:
     tflite_options.linear_operation(file, step, linear.operation, [source.tensor, weights, biases], target.tensor)
     is_litert = is_narrow and (linear.operation == "conv" or codes.shape[0] % 2)  # XNNPACK has no such kernel
     rounding = requantize.double_rounding if is_litert else requantize.single_rounding
-    return rounding(source_scale, scale, target_scale)
+    return rounding(float(source_scale), scale, float(target_scale))
 
 
 def _mean(file: TfliteFile, step: Step, source: Codes, target: Codes) -> Rounding:

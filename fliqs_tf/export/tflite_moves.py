@@ -10,7 +10,7 @@ from fliqs_tf.export.tflite_file import TfliteFile
 
 
 def takes(step: Step) -> bool:
-    """True for a step that moves values: to round before or after is the same."""
+    """True for a step that only moves or picks values: rounding before it or after it gives the same."""
     if step.kind == "activation":
         return step.options["function"] in ("relu", "relu6")
     return step.kind in _MOVES

@@ -16,13 +16,14 @@ from fliqs_tf.export.tflite_tensors import Tensors
 
 @dataclasses.dataclass(frozen=True)
 class TfliteNetwork:
-    """A network in the form of a file.
+    """A network as a file holds it.
 
     Attributes:
       file: Its tensors and operations.
-      inputs, outputs: Tensors that its caller sets and reads.
-      roundings: Last call of a step -> class and state of what rounds behind it; several in a network that is called
-        several times. Of a separable convolution's two kernels the second one's: there is no place between them.
+      inputs, outputs: The tensors that a caller sets and reads.
+      roundings: Last call of a step -> class and state of what rounds behind it: several, if its network is called
+        several times. Of the two kernels of a separable convolution only the second one's: there is no place between
+        them.
     """
 
     file: TfliteFile
@@ -31,7 +32,7 @@ class TfliteNetwork:
     roundings: dict[tuple[str, int], list[tflite_integer.Rounding]]
 
     def to_bytes(self, description: str) -> bytes:
-        """The file; `description` is a line about it, kept in it."""
+        """The content of the file; `description` is a line about it, which it holds."""
         return self.file.to_bytes(self.inputs, self.outputs, description)
 
 
@@ -39,7 +40,7 @@ def build(network: IntegerNetwork, int4: bool) -> TfliteNetwork:
     """Writes every step of a network.
 
     Args:
-      network: What `lowering.steps` gave.
+      network: What `lowering.steps` returned.
       int4: Store weights of 4 bits or fewer as int4, where there are kernels.
 
     Raises:
@@ -66,7 +67,7 @@ def build(network: IntegerNetwork, int4: bool) -> TfliteNetwork:
 
 
 def wanted(network: IntegerNetwork, value: int) -> ActivationScale | None:
-    """The scale of integers that all readers of a value want its codes at; None if there is not exactly one."""
+    """The scale of an integer format at which all readers of a value want its codes; None if there is no such one."""
     if value in network.outputs:
         return None
     scales: set[ActivationScale | None] = set()
@@ -80,7 +81,7 @@ def wanted(network: IntegerNetwork, value: int) -> ActivationScale | None:
 
 
 def _quantize(tensors: Tensors, step: Step) -> None:
-    """A value takes a scale; in a float format the layer that follows reads what there is."""
+    """Gives a value a scale. In a float format nothing is rounded: the next layer reads the value as it is."""
     scale = step.options["scale"]
     if boundaries.is_integer(scale.format):
         tensors.round_to(step.inputs[0], scale, step.output)
@@ -89,7 +90,7 @@ def _quantize(tensors: Tensors, step: Step) -> None:
 
 
 def _move(tensors: Tensors, step: Step, scale: ActivationScale | None) -> None:
-    """An operation that only moves or picks values, on codes if it can: at the scale of its readers, or its inputs."""
+    """An operation that only moves or picks values: on codes if it can, at the scale of its readers or inputs."""
     if scale is None:
         given = {tensors.given(value) for value in step.inputs}
         (scale,) = given if len(given) == 1 else (None,)
@@ -106,7 +107,7 @@ def _move(tensors: Tensors, step: Step, scale: ActivationScale | None) -> None:
 def _compute(
     tensors: Tensors, step: Step, target: ActivationScale | None, int4: bool
 ) -> tflite_integer.Rounding | None:
-    """An operation that computes: with an integer kernel from codes to codes, or else in float."""
+    """An operation that computes: from codes to codes with an integer kernel, or else in float."""
     given = [scale for value in step.inputs if (scale := tensors.given(value)) is not None]
     if target is None or len(given) < len(step.inputs) or not tflite_integer.takes(step):
         tflite_float.write(tensors, step, tensors.new_float(step.output, step.path))

@@ -1,4 +1,4 @@
-"""What a step says, in the words of TensorFlow Lite's schema."""
+"""Options of steps as TensorFlow Lite's schema names and numbers them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Options: TypeAlias = dict[str, int | bool]
 
 
 def activation(step: Step) -> Options:
-    """The activation that a kernel does by itself."""
+    """The activation that a kernel includes."""
     return {"fusedActivationFunction": ACTIVATIONS[step.activation]}
 
 
@@ -40,9 +40,11 @@ def linear_operation(file: TfliteFile, step: Step, operation: str, inputs: list[
     """Appends a convolution or a matrix product.
 
     Args:
+      file: The file under construction.
+      step: Its shapes, window and activation count.
       operation: "conv", "depthwise" or "dense".
       inputs: Tensors of the input, the weights and the biases.
-      output: Tensor to write to.
+      output: The tensor to write to.
     """
     if operation == "dense":
         keep = {"keepNumDims": True} if len(step.shapes[0]) > 1 else {}

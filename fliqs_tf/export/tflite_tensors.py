@@ -1,4 +1,4 @@
-"""The values of a network as tensors of a `.tflite` file: in float32, and as int8 codes at the scales that are read."""
+"""The values of a network as tensors of a `.tflite` file: in float32, and as int8 codes at every scale that is read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Codes:
 
 
 class Tensors:
-    """Which tensors hold a value; one that is missing is made from another of the same value.
+    """The tensors of each value; one that is missing is made from another tensor of the same value.
 
     Attributes:
-      file: Where the tensors and the operations between them go.
+      file: The file that gets the tensors and the operations between them.
     """
 
     def __init__(self, file: TfliteFile) -> None:
@@ -36,7 +36,7 @@ class Tensors:
         self._made_in_float: set[int] = set()
 
     def name(self, value: int, name: str, shape: tuple) -> None:
-        """Says of a value, before any tensor of it, what makes it and the shape of one example."""
+        """Registers a value, before it has any tensor: the layer that makes it, and the shape of one example."""
         self._names[value], self._shapes[value] = name, shape
 
     # ---- float32
@@ -59,17 +59,17 @@ class Tensors:
     # ---- int8
 
     def given(self, value: int) -> ActivationScale | None:
-        """The scale of a value that is made in codes; those that readers of a float value round it to are theirs."""
+        """The scale of a value that is made as codes; None for one that is made in float, whatever its readers do."""
         return None if value in self._made_in_float else next(iter(self._codes.get(value, ())), None)
 
     def new_codes(self, value: int, parameters: QuantizationParameters) -> Codes:
-        """An int8 tensor for a kernel to write a value to; `settle` says at what scale it then is."""
+        """An int8 tensor for a kernel to write a value to; `settle` then says at what scale the value is."""
         return Codes(self.file.tensor(f"codes_{value}", (-1, *self._shapes[value]), np.int8, parameters), parameters)
 
     def settle(
         self, value: int, scale: ActivationScale, written: Codes, following: Iterable[QuantizationParameters] = ()
     ) -> None:
-        """Takes a written tensor for the codes of a value at a scale, by way of the stages that follow."""
+        """Makes a written tensor the codes of a value at a scale, by way of the stages that follow it."""
         for parameters in following:
             next_one = self.new_codes(value, parameters)
             self.file.operation("QUANTIZE", [written.tensor], [next_one.tensor])
@@ -79,7 +79,7 @@ class Tensors:
     def as_codes(self, value: int, scale: ActivationScale) -> Codes:
         """The int8 tensor of a value at a scale."""
         if scale not in self._codes.setdefault(value, {}):
-            # From another scale by way of float: LiteRT's own step between two int8 tensors is off in 3 of 100 values.
+            # From another scale through float: LiteRT's own step between two int8 scales is off in 3 % of the values.
             before = self.given(value)
             is_within = before is not None and tflite_codes.lies_within(before, scale)
             first, *following = tflite_codes.stages(scale, "clipped" if is_within else "linear")
@@ -88,14 +88,14 @@ class Tensors:
             self.settle(value, scale, written, following)
         return Codes(self._codes[value][scale], tflite_codes.parameters(scale))
 
-    # ---- a value that is another one
+    # ---- a value that stands for another one
 
     def round_to(self, value: int, scale: ActivationScale, result: int) -> None:
-        """`result` is the value at a scale of integers."""
+        """Makes `result` the value at a scale of an integer format."""
         self._codes[result] = {scale: self.as_codes(value, scale).tensor}
 
     def pass_on(self, value: int, result: int) -> None:
-        """`result` is the value as it is."""
+        """Makes `result` the value as it is."""
         if value in self._floats or not self._codes.get(value):
             self._floats[result] = self.as_float(value)
         else:

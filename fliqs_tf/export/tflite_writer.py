@@ -1,7 +1,7 @@
-"""A deployed model to one `.tflite` file with integer kernels.
+"""Writes a deployed model as a `.tflite` file with integer kernels.
 
-`boundaries` puts int8 tensors between the layers, `lowering` folds the layers into steps, `tflite_network` makes these
-the tensors and operations of a `tflite_file`.
+`boundaries` puts int8 tensors between the layers, `lowering` turns the layers into steps, and `tflite_network` turns
+these into the tensors and operations of a `tflite_file`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ def tflite(
     """Writes a deployed model to a `.tflite` file.
 
     Args:
-      final: What `qmodel.deploy()` or `fliqs_tf.apply` gave, trained. Stays as it is.
-      path: The file to write. It is whole or not there.
+      final: What `qmodel.deploy()` or `fliqs_tf.apply` returned, trained. It is not changed.
+      path: The file to write. It is written whole or not at all.
       representative: Examples, for the ranges of int8 tensors that a model trained without `target="tflite"` lacks:
-        arrays, or batches as a `tf.data.Dataset`, list or generator, labels or not; see `fliqs_tf.io.batches`. Enough
-        that typical extremes are among them: a few hundred.
+        arrays, or batches as a `tf.data.Dataset`, list or generator, with labels or without; see `fliqs_tf.io.batches`.
+        A few hundred, so that typical extremes are among them.
       int4: Store weights of 4 bits or fewer as int4, two to a byte, where there are kernels. XNNPACK has none for
         convolutions: LiteRT's own are slower and round twice. False: one to a byte, faster and exact, twice the size.
 
     Returns:
-      The Keras model that the file computes: `final` with boundary quantizers (`fliqs_tf.export.boundaries`), biases as
-        int32 can hold them, and the rounding of the kernels that round in a way of their own. `check` of it shows
-        whether the file is right; `check` of `final` what the way to the file has cost.
+      The Keras model that the file computes: `final` with boundary quantizers (`fliqs_tf.export.boundaries`), with
+        biases that int32 can hold, and with the roundings of kernels that round in ways of their own. `check` with it
+        shows whether the file is right; `check` with `final` shows what the conversion costs.
 
     Raises:
-      TypeError: The model is of the other Keras, or `representative` something else than examples.
-      ValueError: A layer or a format that TFLite does not have, or missing ranges; names the layer. Or examples that
-        do not fit the model.
       ImportError: ai-edge-litert is not installed.
+      TypeError: The model is of the other Keras, or `representative` does not hold examples.
+      ValueError: TFLite has no kernel for a layer or a format, or a range is missing: names the layer. Or the examples
+        do not fit the model.
+      OSError: The file cannot be written.
     """
     check_model(final)
     try:
@@ -57,7 +58,7 @@ def tflite(
     except ImportError as error:
         raise ImportError("Writing .tflite files needs ai-edge-litert: pip install 'fliqs-tf[export]'.") from error
     graph = ModelGraph(final)
-    lowering.check_layers(graph)  # before it is copied: some layers that have no form have no copy either
+    lowering.check_layers(graph)  # before it is copied: some of the layers that TFLite lacks cannot be copied
     graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, graph.model, "representative")
     boundaries.calibrate(graph, None if examples is None else (batch.x for batch in examples.in_order(_BATCH)))
@@ -70,7 +71,7 @@ def tflite(
 
 
 def as_shipped(graph: ModelGraph) -> ModelGraph:
-    """A copy of a trained model with boundary quantizers, computing what its file will: what `tflite` returns."""
+    """A copy of a trained model that computes what its file will, as `tflite` returns it, without writing the file."""
     graph = boundaries.with_boundary_quantizers(graph)
     biases.settle(graph)
     network = tflite_network.build(lowering.steps(graph), int4=True)

@@ -194,7 +194,7 @@ def test_a_product_in_float_beside_a_quantized_one():
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="take tensors='together' or 'separate'"):
+    with pytest.raises(ValueError, match="use tensors='together' or 'separate'"):
         fliqs_tf.wrap(net(), FORMATS, attention_scores=True, tensors="weights")
     with pytest.raises(ValueError, match="attention_scores=True, but model 'plain' has no MultiHeadAttention"):
         inputs = keras.Input((3,))

@@ -45,21 +45,21 @@ def check(graph: ModelGraph) -> None:
         for option in ("virtual_batch_size", "adjustment"):
             if getattr(layer, option, None) is not None:
                 raise ValueError(
-                    f"Layer {path!r} has {option}={getattr(layer, option)!r}, which its get_config does not write, or "
-                    f"not so that it can be read: no copy of the model has it. Make the layer without {option}."
+                    f"Layer {path!r} has {option}={getattr(layer, option)!r}, which its get_config does not write in a "
+                    f"form that can be read: no copy of the model has it. Make the layer without {option}."
                 )
 
 
 def warn_of_closed(graph: ModelGraph) -> None:
-    """Names layers that run their parts in loops of their own (TimeDistributed), with batch normalization among these:
-    readings and estimation do not get at it."""
+    """Warns of layers that run their parts in loops of their own (TimeDistributed), batch normalization among them:
+    neither readings nor estimation reach it."""
     reached = {id(layer) for layer in batch_norms(graph)}
     for path, layer in graph.layers:
         inside = [part for part in layer._flatten_layers() if isinstance(part, _CLASS) and id(part) not in reached]
         if not walking.children(layer) and layer not in inside and any(part.trainable for part in inside):
             _LOG.warning(
-                "The batch normalization inside of %r (%s) normalizes with its moving averages in readings of quality, "
-                "and they stay as training leaves them, those of all the formats that it computed with.",
+                "The batch normalization inside %r (%s) uses its moving averages when quality is read, and these stay "
+                "as training leaves them: averages over all formats that were drawn.",
                 path,
                 type(layer).__name__,
             )
@@ -67,15 +67,16 @@ def warn_of_closed(graph: ModelGraph) -> None:
 
 @contextlib.contextmanager
 def batch_statistics(graph: ModelGraph, found: Found | None = None) -> Iterator[None]:
-    """Within it a model that is called with `training=True` takes batch normalization for training and everything else
-    for inference; nothing is stored.
+    """Inside it a model called with `training=True` runs batch normalization as in training and everything else as at
+    inference; nothing is stored.
 
-    Only a call for training shows which layers Keras would have normalize with the batch. The others get
-    `training=False` from here, but for layers of your own that hold batch normalization.
+    Only a call with `training=True` shows which layers Keras would normalize with the batch. The others are given
+    `training=False` from here, except layers of your own that hold batch normalization.
 
     Args:
       graph: Without batch normalization that follows the data everything in it computes as at inference.
-      found: Gets layer -> [(count, mean, variance) of each call]; `count` examples or positions, without masked ones.
+      found: Filled with layer -> [(count, mean, variance) of each call]; `count` is that of examples or positions
+        that are not masked.
     """
     layers = batch_norms(graph)
     around = {id(layer) for layer in layers}
@@ -111,7 +112,7 @@ def _at_rest(layer: keras.layers.Layer) -> Callable[..., Any]:
 
 
 def _normalizer(layer: keras.layers.BatchNormalization, found: Found | None) -> Callable[..., tf.Tensor]:
-    """The call of a batch normalization as in training, but that what it would store goes to `found`."""
+    """The call of a batch normalization as in training, except that what it would store goes to `found`."""
     call = layer.call
     is_plain = IS_KERAS_3 and type(layer).call is keras.layers.BatchNormalization.call
 
@@ -177,7 +178,7 @@ def _unstored(
 
 @contextlib.contextmanager
 def _changed(layer: keras.layers.Layer, values: Mapping[str, Any]) -> Iterator[None]:
-    """Within it attributes have other values, past the attribute tracking."""
+    """Inside it attributes have other values, past the attribute tracking."""
     before = {name: vars(layer)[name] for name in values if name in vars(layer)}
     for name, value in values.items():
         object.__setattr__(layer, name, value)
@@ -193,7 +194,7 @@ def _changed(layer: keras.layers.Layer, values: Mapping[str, Any]) -> Iterator[N
 
 def _count(layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: tf.Tensor | None, mean: tf.Tensor) -> tf.Tensor:
     """How many values each entry of `mean` is the mean of, float32 of its shape."""
-    if mask is None or getattr(layer, "fused", False):  # which is deaf to masks
+    if mask is None or getattr(layer, "fused", False):  # which ignores masks
         return tf.fill(tf.shape(mean), tf.cast(tf.size(x) / tf.size(mean), tf.float32))
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     kept = {axis % x.shape.rank for axis in axes}
@@ -202,7 +203,7 @@ def _count(layer: keras.layers.BatchNormalization, x: tf.Tensor, mask: tf.Tensor
 
 
 def pooled(a: Moments, b: Moments) -> Moments:
-    """(count, mean, variance) of two lots of values as one: exact, however the values were dealt out.
+    """(count, mean, variance) of two lots of values as one: exact, however the values were divided.
 
     variance = E[variance of a lot] + Var[mean of a lot], each lot weighing what it counts.
     """
@@ -240,7 +241,7 @@ def recalibrate(graph: ModelGraph, batches: Iterable[Any], *, shared: bool = Fal
     Args:
       graph: Of a model whose formats are set.
       batches: Iterable of model inputs.
-      shared: The batches are already what the replicas of this process share.
+      shared: True if each batch is already shared out among the replicas of this process.
 
     Returns:
       The number of batches used; 0 leaves the averages as they are.

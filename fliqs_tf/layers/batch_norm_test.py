@@ -390,7 +390,7 @@ def test_what_cannot_be_reached_is_named(caplog):
     x = L.TimeDistributed(L.BatchNormalization(), name="per_step")(L.Dense(4, name="dense")(inputs))
     model = keras.Model(inputs, L.BatchNormalization()(x))
     qmodel = fliqs_tf.wrap(model, "FLIQS-S-INT")
-    assert [r.getMessage()[:56] for r in caplog.records] == ["The batch normalization inside of 'per_step' (TimeDistri"]
+    assert [r.getMessage()[:53] for r in caplog.records] == ["The batch normalization inside 'per_step' (TimeDistri"]
     inner = qmodel.network.get_layer("per_step").layer
     assert recalibrate(ModelGraph(qmodel.network), [data((3, 4))]) == 1
     np.testing.assert_array_equal(inner.moving_mean, np.zeros(4))

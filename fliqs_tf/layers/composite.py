@@ -19,7 +19,7 @@ ARGUMENTS = ("weight_formats", "activation_formats", "weight_decision", "activat
 
 @keras.saving.register_keras_serializable("fliqs_tf")
 class Composite(keras.layers.Layer):
-    """Wraps a layer made of layers; some of these are replaced by `Quantized` ones on their owner.
+    """Wraps a layer made of layers, and replaces some of these by `Quantized` ones where they are held.
 
     It is called as the layer inside is. Its config holds the layer as it was and what to replace, so that a saved
     model loads again with its quantized parts.
@@ -38,7 +38,7 @@ class Composite(keras.layers.Layer):
         def call(*args: Any, **kwargs: Any) -> Any:
             return self.layer(*args, **kwargs)
 
-        # Keras reads off the signature what to pass: masks, training, shapes.
+        # Keras sees from the signature what to pass: masks, training, shapes.
         vars(call)["__signature__"] = inspect.signature(layer.call)
         config = keras.saving.serialize_keras_object(layer)  # before its parts are replaced
         config.pop("build_config", None)
@@ -59,7 +59,7 @@ class Composite(keras.layers.Layer):
 
     @property
     def layer_config(self) -> dict[str, Any]:
-        """Config of the layer inside, of before its parts were replaced."""
+        """Config of the layer inside, from before its parts were replaced."""
         return self._layer_config["config"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Composite(keras.layers.Layer):
                 install(layer, arguments)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> None:
-        return None  # the call of the layer inside has put it on the outputs
+        return None  # the layer inside has put masks on its outputs
 
     def get_build_config(self) -> None:
         return None  # its first call builds it
@@ -122,5 +122,5 @@ def _placeholder(value: Any) -> Any:
 
 
 def quantized(layer: keras.layers.Layer, arguments: Mapping[str, Any]) -> Quantized:
-    """A layer with quantized kernels and input. Args: the layer, and what `Quantized` takes beside it."""
+    """A layer with quantized kernels and input. Args: the layer, and the arguments of `Quantized` besides."""
     return Quantized(layer, **arguments, name=layer.name, dtype=layer.dtype_policy)

@@ -71,7 +71,7 @@ class Quantized(keras.layers.Wrapper):
             choices[decision, made.space] = made.choice
             return made
 
-        self.weight_quantizers = [
+        self.weight_quantizers: list[WeightQuantizer] = [
             quantizer(
                 WeightQuantizer,
                 weight_formats,

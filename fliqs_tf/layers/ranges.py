@@ -1,8 +1,8 @@
 """Ranges of activations from data, where training has set none.
 
-Training sets every range as it goes. What remains are models that are not trained, and layers that Keras' own `fit`
-calls with `training=False`: until data has set its range a quantizer takes that of the batch at work, so that what
-becomes of an example depends on the others.
+Training sets every range as it goes. That leaves models that are not trained, and layers that Keras' own `fit` calls
+with `training=False`: until data has set its range, a quantizer uses that of the batch, so that the result for one
+example depends on the others.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fliqs_tf.layers.attention import Product
 from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.layers.quantizers import ActivationQuantizer, Quantizer
 
-# Of the name of a boundary quantizer, in files too: "add_carrier" stands behind "add".
+# Ends the name of a boundary quantizer, in files too: "add_carrier" stands behind "add".
 SUFFIX = "_carrier"
 # Batches to take from a data set of any length: 32 are worth 28 % of a range (momentum 0.99), the rest is training's.
 BATCHES = 32
 
 
 def activation_quantizers(model: keras.Model | ModelGraph) -> Iterator[tuple[str, ActivationQuantizer]]:
-    """(what it quantizes, quantizer) of all activations of a model: ("the input of 'conv'", ...)."""
+    """(what it quantizes, quantizer) of all activation quantizers of a model: ("the input of 'conv'", ...)."""
     for path, layer in ModelGraph.of(model).layers:
         if isinstance(layer, ActivationQuantizer):
             yield f"the one behind {path.removesuffix(SUFFIX)!r}", layer
@@ -50,12 +50,12 @@ def unseen(model: keras.Model | ModelGraph) -> dict[str, ActivationQuantizer]:
 def calibrate(model: keras.Model | ModelGraph, batches: Iterable[Any], *, only_unseen: bool = True) -> int:
     """Gives ranges to activation quantizers from data: each batch counts as one step of training.
 
-    Forward passes as at inference, not in a graph: nothing is traced. Quantizers that learn a range do not round
-    meanwhile, nor does anything whose format is still to be decided.
+    Runs forward passes as at inference, eagerly: nothing is traced. Meanwhile quantizers that learn a range do not
+    round, nor do those whose format is still to be decided.
 
     Args:
       model: A quantized network.
-      batches: Iterable of model inputs. All are used; none is taken if there is nothing to learn.
+      batches: Iterable of model inputs. All of them are used, or none if no range is to be set.
       only_unseen: False: all ranges move on, not only those that no data has set.
 
     Returns:

@@ -1,12 +1,12 @@
 """Roundings of integer kernels, as Keras layers behind the layers that they belong to.
 
 XNNPACK's int8 kernels sum codes in int32 and round accumulator * multiplier, a product in float32, halves to even. A
-layer in float32 ends up to 1e-6 beside that, on either side: the nearer to the middle between two codes, the more often
-it rounds otherwise, and the mean of 64 codes lies in the middle one time in 64.
+float32 layer ends within 1e-6 of that, on either side: next to the midpoint between two codes it may round the other
+way, and the mean of 64 codes lies on a midpoint one time in 64.
 
 LiteRT's int4 convolutions turn an accumulator into an output code in two steps: to multiples of 2^-n of a code, then to
 codes, halves up. n depends on the scales of the channel. Up to a few values in a hundred end one code off the nearest.
-XNNPACK has none for int4 convolutions, nor for int4 matrices with an odd number of rows.
+XNNPACK has no kernels for int4 convolutions, nor for int4 matrices with an odd number of rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Rounding(keras.layers.Layer):
       channels: Number of channels, the last axis; 1 if all are alike.
 
     Attributes:
-      unit: [channels]; what one more in the accumulator is worth.
+      unit: [channels]; the value of 1 in the accumulator.
     """
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ class AccumulatorRounding(_Rounding):
 
     Attributes:
       multiplier: [channels]; accumulator -> output code.
-      scale: What an output code is worth.
+      scale: The value of one output code.
     """
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
@@ -114,8 +114,8 @@ def double_rounding(source: float, weights: np.ndarray, target: float) -> tuple[
 def insert(graph: ModelGraph, roundings: dict[tuple[str, int], list[tuple[type, dict]]]) -> ModelGraph:
     """A copy of a model that rounds behind the calls of its layers.
 
-    A layer inside of a network that is called several times can round in one way only: where the calls of the network
-    ask for different ones, nothing rounds behind it.
+    A layer inside a network that is called several times can round in one way only: where those calls would need
+    different roundings, nothing rounds behind it.
 
     Args:
       graph: Of a Functional or Sequential model.

@@ -22,7 +22,7 @@ def has_boundary_quantizers(graph: ModelGraph) -> bool:
 
 
 def followers(graph: ModelGraph) -> list[tuple[ActivationQuantizer, ActivationQuantizer]]:
-    """(boundary quantizer, input quantizer of a layer that reads its codes): one range serves both."""
+    """(boundary quantizer, input quantizer of a layer that reads its codes), which share a range."""
     source: dict[int, ActivationQuantizer] = {}
     found = []
     for call in graph.dataflow.calls:

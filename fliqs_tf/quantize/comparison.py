@@ -1,4 +1,4 @@
-"""A copy of a network compared with its original: both compute the same as long as nothing is rounded."""
+"""Compares a copy of a network with its original: both compute the same as long as nothing is rounded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fliqs_tf.layers.quantizers import Quantizer
 
 _LOG = logging.getLogger("fliqs_tf")
 _LARGEST = 32  # of the sides of an image; a network that takes no smaller ones is called on its own size
-_OPEN = (32, 8)  # in place of a size that is open
-# Of the largest value. The copy computes some layers in another order; 16 bits make more of that.
+_OPEN = (32, 8)  # what open sizes are set to
+# Shares of the largest value. The copy computes some layers in another order, which shows more in 16 bits.
 _TOLERANCE, _TOLERANCE_16 = 1e-3, 5e-2
 Maker: TypeAlias = Callable[[np.random.Generator, Sequence[int]], np.ndarray]
 _HOLD = ("weight_quantizers", "activation_quantizers")
@@ -27,11 +27,11 @@ _HOLD = ("weight_quantizers", "activation_quantizers")
 def check(original: ModelGraph, copy: ModelGraph, input_shape: Any = None) -> None:
     """Calls a model and its copy on one made-up example, with all quantizers passing values through.
 
-    A model that cannot be called so (what it takes is not just any tensor of its shape), or that gives something else
-    each time, is not compared; the log says so.
+    A model that cannot be called on such an example (because not just any tensor of the right shape will do), or whose
+    output differs from call to call, is not compared; the log says so.
 
     Args:
-      original: A model, quantized or not. What it stores stays as it is.
+      original: A model, quantized or not. Its state is left as it was.
       copy: A network made of it.
       input_shape: See `tracing.input_specs`.
 
@@ -53,18 +53,18 @@ def check(original: ModelGraph, copy: ModelGraph, input_shape: Any = None) -> No
         if _agree(expected, found, tolerance):
             return
         if not _agree(expected, _outputs(original.model, example), tolerance):
-            _LOG.info("Model %r draws at inference: its copy was not compared with it.", name)
+            _LOG.info("Model %r is random at inference: its copy was not compared with it.", name)
             return
         where = _first_difference(original, copy, example, tolerance)
     raise ValueError(
-        f"A copy of model {name!r} from its config computes something else than the model, first in {where}. "
+        f"A copy of model {name!r} from its config computes something other than the model, first in {where}. "
         f"Let get_config return all that the layer computes with, and give functions of your own names that Keras does "
         f"not have."
     )
 
 
 def _called(model: keras.Model, input_shape: Any) -> tuple[Any, list[np.ndarray]]:
-    """(example, outputs) of the first made-up example that a model takes; (None, None) if there is none."""
+    """(example, outputs) of the first made-up example that a model accepts; (None, []) if it accepts none."""
     problem = None
     try:
         specs = tracing.input_specs(model, input_shape)
@@ -178,14 +178,14 @@ def _recorder(call: Callable[..., Any], outputs: list[np.ndarray]) -> Callable[.
 
 @contextlib.contextmanager
 def _passing(graph: ModelGraph) -> Iterator[None]:
-    """Within it the quantizers of a model give out what they get."""
+    """Inside it the quantizers of a model return what they are given."""
     with tracing.overridden_calls(dict.fromkeys(_quantizers(graph), _identity)):
         yield
 
 
 def _quantizers(graph: ModelGraph) -> list[Quantizer]:
-    """Those that are layers of the model, and those of its layers, which in a wrapper of another package it does not
-    know."""
+    """The quantizers in a model, and those that its layers hold: inside the wrapper of another package the model does
+    not know them."""
     held = [q for _, layer in graph.layers for name in _HOLD for q in getattr(layer, name, ())]
     return list(dict.fromkeys([*held, *(q for q in graph.model._flatten_layers() if isinstance(q, Quantizer))]))
 
@@ -196,7 +196,7 @@ def _identity(x: Any, **_: Any) -> Any:
 
 @contextlib.contextmanager
 def _unchanged(graph: ModelGraph) -> Iterator[None]:
-    """Puts back what calls change: states of recurrent layers and of generators, losses."""
+    """Restores at its end what calls change: states of recurrent layers and of random generators, losses."""
     before = {id(v): tf.identity(tf.convert_to_tensor(v)) for v in _states(graph)}
     try:
         yield

@@ -61,7 +61,7 @@ def test_a_model_whose_layers_are_alike_but_not_what_is_between_them():
     model = keras.Model(inputs, L.Dense(3)(inputs) * 2.0, name="net")
     other = keras.Model(inputs, L.Dense(3)(inputs) * 3.0, name="net")
     other.set_weights(model.get_weights())
-    with pytest.raises(ValueError, match="computes something else"):
+    with pytest.raises(ValueError, match="computes something other than the model"):
         comparison.check(ModelGraph(model), ModelGraph(other))
     comparison.check(ModelGraph(model), ModelGraph(model))
 
@@ -118,7 +118,7 @@ def test_a_model_that_draws_is_not_compared_and_that_is_told(caplog):
     model = keras.Sequential([keras.Input((3,)), L.Dense(3), Draws()], name="net")
     with caplog.at_level(logging.INFO, "fliqs_tf"):
         fliqs_tf.apply(model, "INT8")
-    assert "'net' draws at inference: its copy was not compared" in caplog.text
+    assert "'net' is random at inference: its copy was not compared" in caplog.text
 
 
 class Picky(L.Layer):
@@ -153,5 +153,5 @@ def test_other_dtypes_are_compared(dtype):
     model = keras.Sequential([keras.Input((3,)), *layers, L.Dense(2)])
     copy = wrapping.apply(model, "FP32")
     copy.layers[-1].quantized_layer.bias.assign([1.0, -1.0])
-    with pytest.raises(ValueError, match="computes something else"):
+    with pytest.raises(ValueError, match="computes something other than the model"):
         comparison.check(ModelGraph(model), ModelGraph(copy))

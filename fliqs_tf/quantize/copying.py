@@ -84,14 +84,17 @@ def quantized_copy(graph: ModelGraph, arguments: Arguments, input_shape: Any = N
       input_shape: See `tracing.input_specs`; for a model that is not a network.
 
     Returns:
-      A network. That of a composite model is nothing but a layer of its name.
+      A network; of a composite model one whose only layer has the model's name.
+
+    Raises:
+      ValueError: The model cannot be copied from its config, or cannot be called on its input.
     """
     model = graph.model
     if walking.is_network(model):
         copy = network_copy(model, arguments, {})
     else:
         layer = replacement(copies.of_layer(model), model, arguments)
-        # A graph knows what it leaves open; the shape of an example is for counting.
+        # A graph knows its own input, open sizes included; `input_shape` is for counting MACs.
         copy = _network_of(layer, tracing.input_specs(model, None if walking.is_graph(model) else input_shape))
     copy_graph = ModelGraph(copy)
     originals, made = _layers_of(graph), _layers_of(copy_graph)
@@ -116,7 +119,7 @@ def quantized_copy(graph: ModelGraph, arguments: Arguments, input_shape: Any = N
 
 
 def _network_of(layer: keras.layers.Layer, specs: Any) -> keras.Model:
-    """A network that is nothing but a layer and its inputs."""
+    """A network of one layer and its inputs."""
     flat = tf.nest.flatten(specs)
     names = sorted(specs) if isinstance(specs, dict) else [spec.name for spec in flat]
     inputs = tf.nest.pack_sequence_as(

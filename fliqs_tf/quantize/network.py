@@ -46,7 +46,7 @@ def quantized_network(
     if attention_scores and tensors == "weights":
         raise ValueError(
             "attention_scores=True quantizes products of two activations, which stay in float with tensors='weights': "
-            "take tensors='together' or 'separate'."
+            "use tensors='together' or 'separate'."
         )
     quantizations = rules_lib.layer_quantizations(
         [path for path, _ in layers], walking.annotated(graph.model), spaces, rules, granularity, tensors
@@ -58,12 +58,12 @@ def quantized_network(
 
 
 def warn_of_own_training(model: keras.Model) -> None:
-    """Methods with which a class trains its models as it likes; a copy trains as every model of Keras does."""
+    """Warns of a class with training methods of its own: a copy trains as any Keras model does."""
     methods = ("train_step", "compute_loss", "compute_metrics", "test_step")
     own = [m for m in methods if getattr(type(model), m).__module__.split(".")[0] not in _KERAS]
     if own:
         _LOG.warning(
-            "%s has a %s of its own, which the quantized model does not call: it trains as a plain Keras model. Put "
+            "%s has a %s of its own, which the quantized model does not call: it trains as a plain Keras model. Move "
             "what it does into the loss, the metrics or a layer (add_loss).",
             type(model).__name__,
             " and a ".join(own),
@@ -71,7 +71,7 @@ def warn_of_own_training(model: keras.Model) -> None:
 
 
 def warn_of_names_of_keras(graph: ModelGraph) -> None:
-    """A copy has the functions themselves, a file their names."""
+    """Warns of functions that a file would confuse with Keras' own: it holds names, a copy the functions themselves."""
     found = [
         f"{path} ({', '.join(names)})"
         for path, layer in graph.layers
@@ -79,8 +79,8 @@ def warn_of_names_of_keras(graph: ModelGraph) -> None:
     ]
     if found:
         _LOG.warning(
-            "Functions of your own that bear names of Keras': %s. The model computes with them, but a file holds names "
-            "alone, for which Keras has its own functions: rename yours before you save the model.",
+            "Functions of your own have names of functions of Keras: %s. The model computes with yours, but a file "
+            "holds only names, for which Keras would take its own: rename yours before you save the model.",
             ", ".join(found),
         )
 
@@ -88,15 +88,16 @@ def warn_of_names_of_keras(graph: ModelGraph) -> None:
 def layers_to_quantize(
     graph: ModelGraph, embeddings: bool = False, attention_scores: bool = False, named: Collection[str] = ()
 ) -> list[tuple[str, copying.Key]]:
-    """(path, id) of the layers of a float model that are to be quantized; raises if there are none.
-
-    A product of attention has the id of the attention layer and its own name, see
-    `ModelGraph.attention_products`.
+    """(path, key) of the layers and products of a float model that are to be quantized, see `copying.Key`.
 
     Args:
       graph: Of a float model.
-      embeddings, attention_scores: All embeddings, all products of attention are among them.
-      named: Paths of embeddings and products that are.
+      embeddings, attention_scores: True takes all embeddings, all products of attention.
+      named: Paths of embeddings and products to take in any case.
+
+    Raises:
+      TypeError: The model is of the other Keras.
+      ValueError: The model is not built, is quantized already, or has nothing to quantize.
     """
     model = graph.model
     check_model(model)
@@ -114,8 +115,8 @@ def layers_to_quantize(
     of_keras = [path for path, layer in graph.layers if getattr(layer, "quantization_mode", None)]
     if of_keras:
         raise ValueError(
-            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model, as it "
-            f"was before."
+            f"Layer {of_keras[0]!r} is quantized already, by Keras' own model.quantize: give the float model from "
+            f"before that."
         )
     tables = [
         (path, layer)

@@ -26,7 +26,7 @@ class Recipe:
       tensors: "together" (a decision sets weights and input of its layers), "weights" (only the weights are
         quantized) or "separate" (decisions "conv1/weights" and "conv1/activations").
       layers: {decision: [layer paths]} for decisions that do not stand for the one layer of their name.
-      info: What else the file says (cost, target, accuracy, versions, seed, flags); free.
+      info: What else the file says (cost, target, accuracy, versions, seed, flags); free-form.
     """
 
     formats: Mapping[str, str]
@@ -118,7 +118,7 @@ class Recipe:
         return cls(data["formats"], data.get("tensors", "together"), data.get("layers", {}), info)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes JSON. The file is whole or not there: it is written beside its place and then renamed."""
+        """Writes JSON, whole or not at all: the file is written beside its place and then renamed."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -155,7 +155,7 @@ class Recipe:
 
 
 def add_float_inputs(formats: dict[str, str], layers: dict[str, list[str]]) -> None:
-    """Names the input's format, FP32, for decisions on weights alone, as "separate" wants it; changes both arguments.
+    """Adds FP32 inputs for decisions on weights alone, as "separate" requires; changes both arguments.
 
     Args:
       formats: {decision: format}.

@@ -10,9 +10,11 @@ or metrics, so that a run that was stopped can be looked at too):
   "decision"}], "seed", "versions", "flags"}; for text also "bits_per_character" beside "accuracy".
 * `metrics.jsonl`: a JSON object per line with "step" and readings (see `curves.curves_figure`); some also have
   "probabilities": {decision: [p, ...]}.
+* `budgets.json`: {"budgets": [{"cost", "loss", "deviation"}], "uniform": {format: the same}, "trained": the same or
+  null}, what the critic expects of other budgets.
 * `decisions.json`: [{"name": decision, "options": [format, ...]}].
 
-The functions that draw are in `pictures` and `curves`; this module reads, saves and writes the page.
+The functions that draw are in `pictures`, `curves` and `budgets`; this module reads, saves and writes the page.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fliqs_tf.io.files import read_json, replacing, write_text
-from fliqs_tf.reporting import curves, pictures
+from fliqs_tf.reporting import budgets, curves, pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 _DPI = 144
 _LARGEST = 10**30
 _CSS_DPI = 96  # what browsers call an inch: pictures appear in their own size, sharp on dense screens
-_RECIPE, _METRICS, _DECISIONS = "recipe.json", "metrics.jsonl", "decisions.json"
+_RECIPE, _METRICS, _DECISIONS, _BUDGETS = "recipe.json", "metrics.jsonl", "decisions.json", "budgets.json"
+_BUDGET = {"cost": "number", "loss": "number", "deviation": "number"}
 
 
 def write_report(run_dir: str | os.PathLike) -> list[pathlib.Path]:
@@ -78,6 +81,10 @@ def write_report(run_dir: str | os.PathLike) -> list[pathlib.Path]:
         drawn.append(("probabilities.png", pictures.probabilities_figure(*history)))
     if any(curves.has_curve(row) for row in rows):
         drawn.append(("curves.png", curves.curves_figure(rows, unit)))
+    known = _read(run_dir / _BUDGETS, _check_budgets, {})
+    if known.get("budgets"):
+        figure = budgets.budgets_figure(known["budgets"], known.get("uniform", {}), known.get("trained"), unit)
+        drawn.append(("budgets.png", figure))
 
     written = []
     for name, figure in drawn:
@@ -167,6 +174,19 @@ def _check_recipe(recipe: Mapping[str, Any]) -> None:
             _check(row, needed, known, f"{key}[{i}]")
             if key == "layers_table" and not {"weight_format", "activation_format"} <= row.keys():
                 raise ValueError(f"{key}[{i}] has no 'weight_format' or no 'activation_format'.")
+
+
+def _check_budgets(known: Mapping[str, Any]) -> None:
+    _check(known, {}, {}, "it")
+    rows, uniform = known.get("budgets", []), known.get("uniform", {})
+    if not isinstance(rows, list) or not isinstance(uniform, dict):
+        raise ValueError("'budgets' must be a list and 'uniform' an object.")
+    named = {f"budgets[{i}]": row for i, row in enumerate(rows)}
+    named |= {f"uniform[{name!r}]": row for name, row in uniform.items()}
+    if known.get("trained") is not None:
+        named["trained"] = known["trained"]
+    for where, row in named.items():
+        _check(row, _BUDGET, {}, where)
 
 
 def _check_decisions(decisions: Sequence[Any]) -> None:
@@ -266,6 +286,7 @@ def _page(
     if recipe:
         parts += ["<h2>Results</h2>", _results(recipe)]
     captions = {"formats.png": "Formats", "probabilities.png": "Probabilities", "curves.png": "Curves"}
+    captions["budgets.png"] = "Other budgets"
     for path in images:
         parts += [f"<h2>{captions[path.name]}</h2>", _image(path, captions[path.name])]
     if layers:

@@ -292,3 +292,36 @@ def test_missing_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install fliqs-tf\[plots\]"):
         report.write_report(tmp_path)
+
+
+BUDGETS = {
+    "budgets": [
+        {"cost": 1.0, "loss": 0.5, "deviation": 0.1},
+        {"cost": 2.0, "loss": 0.2, "deviation": 0.05},
+        {"cost": 4.0, "loss": 0.0, "deviation": 0.0},
+    ],
+    "uniform": {
+        "INT4": {"cost": 1.0, "loss": 0.5, "deviation": 0.1},
+        "INT8": {"cost": 4.0, "loss": 0.0, "deviation": 0.0},
+    },
+    "trained": {"cost": 2.0, "loss": 0.2, "deviation": 0.05},
+}
+
+
+def test_budgets_have_a_picture_of_their_own(tmp_path):
+    from fliqs_tf.reporting.budgets import budgets_figure
+
+    axes = budgets_figure(BUDGETS["budgets"], BUDGETS["uniform"], BUDGETS["trained"], "GBOPs").axes[0]
+    line = axes.get_lines()[0]
+    assert line.get_xdata().tolist() == [1, 2, 4] and line.get_ydata().tolist() == [0.5, 0.2, 0]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {"INT4", "INT8", "what the weights are for"} <= set(legend)
+    assert axes.get_xlabel() == "cost (GBOPs)" and axes.get_xscale() == "log"
+    directory = write_run(tmp_path)
+    (directory / "budgets.json").write_text(json.dumps(BUDGETS))
+    assert "budgets.png" in [path.name for path in report.write_report(directory)]
+    (directory / "budgets.json").write_text(json.dumps({**BUDGETS, "trained": {"cost": 1}}))
+    with pytest.raises(ValueError, match="trained has no 'loss'"):
+        report.write_report(directory)
+    with pytest.raises(ValueError, match="There are no budgets to draw"):
+        budgets_figure([], {})

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from fliqs_tf import replicas
 from fliqs_tf._keras import keras
+
+
+def decide_on(model: keras.Model, sample: np.ndarray) -> None:
+    """Takes a decision that was found by other means, if it is open."""
+    if not bool(tf.convert_to_tensor(model.controller.decided)):
+        model.controller.decide(lambda _: replicas.Workers(model.distribute_strategy).first(sample))
+        model.__dict__["_decided_for"] = model._compiled_for.decides_on
+        model.use_sample()
 
 
 def decide(model: keras.Model) -> None:

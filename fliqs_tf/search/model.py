@@ -129,8 +129,8 @@ class SearchModel(SampledModel):
             "hard_exponential", an object of `fliqs_tf.rewards`, or a function (quality, cost / target) -> reward.
           quality: "loss" (its negative), "accuracy", a Keras metric, or a function (y_true, y_pred) -> what to
             maximize, a number or one per example.
-          quality_every: Training steps between two readings. None: as many as make 300 readings (our choice), but not
-            less than 2.
+          quality_every: Training steps between two readings. None: as many as make 300 readings, or 20 per decision if
+            that is more (our choice), but not less than 2.
           quality_samples: Samples compared on the same batch at a reading (our choice: 4).
           search_steps: Length of the search; in the last part of it formats are decided and stay (`frozen` of
             `Controller`). None: all steps of the first `fit`.

@@ -410,3 +410,58 @@ def test_quality_data_of_a_lone_feature_need_not_give_it_an_axis():
     x, y = IMAGES[:32, 0, 0, 0], LABELS[:32]
     layers = [keras.layers.Input((1,)), keras.layers.Dense(8), keras.layers.Dense(4)]
     compiled(model=keras.Sequential(layers)).fit(x[:, None], y, verbose=0, epochs=5, quality_data=(x, y))
+
+
+def test_weights_train_in_the_widest_formats_of_8_bits_or_fewer_until_the_decision():
+    class Samples(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seen.append(np.array(self.model.previous_sample).tolist())
+
+    samples = Samples()
+    qmodel = compiled(space=("INT4", "INT8", "BF16"), target_cost="0.5x INT8")
+    qmodel.fit(IMAGES, LABELS, batch_size=32, epochs=4, verbose=0, callbacks=[samples])
+    assert samples.seen[:4] == [[1, 1, 1]] * 4  # 16 steps, decided after 4
+    decided = [d.options.index(qmodel.recipe().formats[d.name]) for d in qmodel.decisions]
+    assert samples.seen[4:] == [decided] * 12
+    assert decided != [1, 1, 1]
+
+
+@pytest.mark.parametrize(("space", "option"), [(["INT4", "INT8", "BF16"], 1), (["BF16", "FP32"], 0)])
+def test_the_choice_to_train_with(space, option):
+    cost = "1x INT8" if "INT8" in space else "1x BF16"
+    assert compiled(space=space, target_cost=cost).training_choice().tolist() == [option] * 3
+
+
+def test_a_generator_of_training_data_trains_with_samples():
+    def batches():
+        while True:
+            yield IMAGES[:32], LABELS[:32]
+
+    qmodel = compiled(search_steps=100)
+    qmodel.fit(batches(), steps_per_epoch=4, verbose=0)
+    assert qmodel.trains_with_samples and qmodel.controller.readings() == 4
+    assert qmodel.controller.decided_at() == 60
+    qmodel.fit(batches(), steps_per_epoch=4, verbose=0, quality_data=(IMAGES, LABELS))
+    assert not qmodel.trains_with_samples and qmodel.controller.decided_at() == 25
+
+
+def test_the_widest_formats_need_readings_of_their_own():
+    qmodel = compiled(train_with="widest")
+    with pytest.raises(ValueError, match="train_with='widest' needs readings on batches of their own"):
+        qmodel.configure_controller(10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_with": "narrowest"}, "train_with must be 'widest', 'sample' or None, got 'narrowest'"),
+        ({"pretrained": "yes"}, "pretrained must be True, False or None, got 'yes'"),
+    ],
+)
+def test_unknown_ways_to_train(options, message):
+    with pytest.raises(ValueError, match=message):
+        compiled(**options)

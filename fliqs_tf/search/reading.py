@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,12 @@ class Reader:
             return False
         seen = list(itertools.islice(self._batches, _TRAINED_BATCHES))
         self._batches = itertools.chain(seen, self._batches)
+        if self.strategy.num_replicas_in_sync == 1 and _is_one_class([data[1] for data in seen]):
+            _LOG.warning(
+                "All examples in the first %d batches that quality is read from are of one class: what a format does "
+                "to the others is not seen. Shuffle the data set, or give quality_data of all classes.",
+                len(seen),
+            )
         widest = tf.constant([self.model.training_choice().tolist()] * self._samples)
         own, others = (
             np.mean([self._quality(data, widest) for data in each])
@@ -91,8 +97,7 @@ class Reader:
         model, controller = self.model, self.model.controller
         steps = int(tf.convert_to_tensor(controller.total_steps))
         most = min(READINGS, max(LEAST, steps // 4)) if most is None else most
-        inputs = (batch.x for batch in self._source.some(_RANGE_BATCHES, self._size)) if self._can_calibrate() else ()
-        ranges.calibrate(model.graph, inputs)
+        self._set_ranges()
         before = int(tf.convert_to_tensor(controller.total_steps)), int(tf.convert_to_tensor(controller.step))
         controller.total_steps.assign(controller.steps_to_decide_at(most))
         agreed = replicas.Workers(self.strategy).first
@@ -117,16 +122,53 @@ class Reader:
         deciding.decide(model)
         return done
 
-    def _can_calibrate(self) -> bool:
-        """Batches can be read twice, and here: not dealt out to replicas."""
-        return (
-            not (self._source.is_read_once or self._source.is_distributed) and self.strategy.num_replicas_in_sync == 1
-        )
+    def sensitivities(self, most: int, verbose: bool = False) -> np.ndarray:
+        """Effects of one option of one decision at a time, all others in their widest: the classical way.
+
+        Each batch compares the widest formats with as many changes as a reading has samples beside them. The critic
+        learns from the same readings.
+
+        Args:
+          most: Readings at most; at least one of each option is made.
+          verbose: Print progress.
+
+        Returns:
+          float64 [D, N]; 0 for the widest options and for padding.
+        """
+        decisions = self.model.decisions
+        widest = np.array([len(decision.options) - 1 for decision in decisions], np.int32)
+        changes = [(d, o) for d in range(len(decisions)) for o in range(widest[d])]
+        groups = [changes[i : i + self._samples - 1] for i in range(0, len(changes), self._samples - 1)]
+        total = np.zeros(self.model.controller.mask.shape)
+        passes = max(1, most // max(len(groups), 1))
+        self._set_ranges()
+        for done in range(passes):
+            for group in groups:
+                samples = np.repeat(widest[None], self._samples, axis=0)
+                for row, (d, o) in enumerate(group, start=1):
+                    samples[row, d] = o
+                data, drawn = next(self._batches), tf.constant(samples)
+                read = [self._read(data, drawn, tf.constant(i)) for i in range(self._samples)]
+                self._learn(drawn, read)
+                base, *others = (self._mean(quality) for quality in read)
+                for (d, o), quality in zip(group, others, strict=False):
+                    total[d, o] += quality - base
+            if verbose:
+                print(f"pass {done + 1} of {passes} over {len(changes)} formats of layers", flush=True)
+        return total / passes
+
+    def _set_ranges(self) -> None:
+        """Gives activations ranges from a few batches, if these can be read twice, and here: not dealt out."""
+        is_here = not self._source.is_distributed and self.strategy.num_replicas_in_sync == 1
+        if is_here and not self._source.is_read_once:
+            ranges.calibrate(self.model.graph, (batch.x for batch in self._source.some(_RANGE_BATCHES, self._size)))
 
     def _quality(self, data: Any, samples: tf.Tensor) -> float:
         """Quality of the first sample, its mean over replicas."""
-        read = self._read(data, samples, tf.constant(0))
-        return float(np.mean([np.array(q) for q in self.strategy.experimental_local_results(read)]))
+        return self._mean(self._read(data, samples, tf.constant(0)))
+
+    def _mean(self, quality: Any) -> float:
+        return float(np.mean([np.array(q) for q in self.strategy.experimental_local_results(quality)]))
 
 
 def _functions(model: keras.Model) -> tuple[Callable, Callable, Callable]:
@@ -149,6 +191,14 @@ def _read_one(model: keras.Model) -> Callable:
 
 def _learn(model: keras.Model) -> Callable:
     return lambda samples, qualities: model.learn(samples, tf.stack(qualities))
+
+
+def _is_one_class(labels: Sequence[Any]) -> bool:
+    """Whether labels of several batches are classes, and all of them the same one."""
+    if not all(tf.is_tensor(y) and y.dtype.is_integer and y.shape.rank in (1, 2) for y in labels):
+        return False
+    values = np.concatenate([np.ravel(y) for y in labels])
+    return len(values) > 1 and bool((values == values[0]).all())
 
 
 def _with_other_labels(data: Any, strategy: tf.distribute.Strategy) -> Any:
