@@ -11,7 +11,7 @@ from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantized import Quantized
 
 
-def settle(graph: ModelGraph) -> None:
+def round_to_int32(graph: ModelGraph) -> None:
     """Moves biases to multiples of (input scale * weight scale), which is what int32 biases are.
 
     Each moves by at most half a multiple. That is far less than quantization changes an output by; but if only the file

@@ -32,13 +32,13 @@ def network(*layers, shape=(4, 4, 2)):
     return keras.Model(inputs, x)
 
 
-def test_biases_are_settled_at_multiples_of_the_products_of_two_steps():
+def test_biases_are_moved_to_multiples_of_the_products_of_two_steps():
     """Input steps of 1 / 4, weight steps 1, 2, 1 / 2: products of 1/4, 1/2, 1/8."""
     layer = quantized(conv([[127, -254, 63.5], [10, 20, 7]], [0.3, 0.3, 0.3]))
     model = network(layer)
-    biases.settle(ModelGraph(model))
+    biases.round_to_int32(ModelGraph(model))
     np.testing.assert_allclose(layer.layer.bias, [0.25, 0.5, 0.25], rtol=1e-6)
-    biases.settle(ModelGraph(model))
+    biases.round_to_int32(ModelGraph(model))
     np.testing.assert_allclose(layer.layer.bias, [0.25, 0.5, 0.25], rtol=1e-6)
 
 
@@ -48,7 +48,7 @@ def test_behind_a_norm_its_beta_moves():
     norm.build((None, 4, 4, 2))
     norm.set_weights([np.float32(v) for v in ([1.0, -1.0], [0.2, 0.2], [0.0, 0.0], [4.0, 4.0])])
     model = network(quantized(layer), norm)
-    biases.settle(ModelGraph(model))
+    biases.round_to_int32(ModelGraph(model))
     np.testing.assert_array_equal(layer.bias, [1, 1])
     # 0.5 + 0.2 is 5.6 eighths: 6; -0.5 + 0.2 is -1.2 quarters: -1.
     np.testing.assert_allclose(norm.beta, [0.75 - 0.5, -0.25 + 0.5], rtol=1e-6)
@@ -62,10 +62,10 @@ def test_a_layer_at_two_scales_keeps_its_bias():
     shared = fliqs_tf.Quantized(L.Dense(4), ["INT8"], None, name="shared")
     model = keras.Model(x, shared(second(shared(first(x)))))
     shared.layer.set_weights([127 * np.eye(4), np.full(4, 0.4)])
-    biases.settle(ModelGraph(model))
+    biases.round_to_int32(ModelGraph(model))
     np.testing.assert_array_equal(shared.layer.bias, np.float32([0.4] * 4))
     second.range.assign([127 / 4, 1])
-    biases.settle(ModelGraph(model))
+    biases.round_to_int32(ModelGraph(model))
     np.testing.assert_allclose(shared.layer.bias, [0.5] * 4)
 
 
@@ -75,6 +75,6 @@ def test_inputs_in_float_formats_are_rounded_no_more():
     layer.layer.set_weights([np.ones((1, 1))])
     x = tf.constant([[1 + 2.0**-12]])
     assert model(x) == 1
-    biases.settle(ModelGraph(model))
+    biases.round_to_int32(ModelGraph(model))
     assert model(x) == x
     assert not boundaries.is_integer(layer.activation_quantizer.space.formats[0])

@@ -72,7 +72,7 @@ KERNELS = {
     "Conv2DTranspose": row(lambda: L.Conv2DTranspose(5, 3, strides=2, padding="same"), tflite=NO_TFLITE),
     "DepthwiseConv2D": row(lambda: L.DepthwiseConv2D(3, depth_multiplier=2, padding="same")),
     "SeparableConv2D": row(lambda: L.SeparableConv2D(5, 3)),
-    "Embedding": row(lambda: L.Embedding(9, 4), VECTOR, "takes float32", "supports only float32", embeddings=True),
+    "Embedding": row(lambda: L.Embedding(9, 4), VECTOR, NO_TFLITE, "supports only float32", embeddings=True),
     "MultiHeadAttention": row(
         lambda: L.MultiHeadAttention(2, 3), SEQUENCE, NO_TFLITE, NO_ONNX, inputs=2, attention_scores=True
     ),

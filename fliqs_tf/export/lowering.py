@@ -33,13 +33,13 @@ def steps(graph: ModelGraph) -> IntegerNetwork:
       ValueError: A layer has no counterpart in a TFLite file, several formats, or no range; names the layer.
     """
     flow = graph.dataflow
-    _check_inputs(flow)
     found: list[Step] = []
     fresh = iter(range(1 + max([call.output for call in flow.calls], default=0), 10**9))
     for call, inputs, output in _shaped(flow):
         made = _read(call, inputs, output, fresh)
         made[-1].last = (call.path, call.index)
         found += made
+    _check_inputs(flow)
     found = folding.without_identities(found, flow.outputs)
     return IntegerNetwork(flow.inputs, folding.merged(found, flow.outputs), flow.outputs, flow.output_names)
 
@@ -50,12 +50,12 @@ def check_layers(graph: ModelGraph) -> None:
     Raises:
       ValueError: Names the layer or the input.
     """
-    _check_inputs(graph.dataflow)
     for call, inputs, output in _shaped(graph.dataflow):
         if isinstance(call.layer, Quantized):
             lowering_kernels.check(call.layer.quantized_layer, call.path)
         elif not isinstance(call.layer, ActivationQuantizer):
             _read(call, inputs, output, iter(range(10**9)))
+    _check_inputs(graph.dataflow)
 
 
 def _check_inputs(flow: dataflow.Dataflow) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 import fliqs_tf
 from fliqs_tf._keras import keras
-from fliqs_tf.export import lowering, lowering_kernels, lowering_layers
+from fliqs_tf.export import lowering, lowering_kernels
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.layers.quantizers import ActivationQuantizer
 
@@ -266,8 +266,9 @@ def test_layers_are_checked_before_any_training(layer, message):
 
 
 def test_a_rescaling_needs_to_know_its_channels():
+    x = L.Input((4, None))
     with pytest.raises(ValueError, match="Layer 'odd' of class Rescaling .*: its number of channels is open"):
-        lowering_layers.read(L.Rescaling(2.0, name="odd"), "odd", [(4, None)])
+        lowering.check_layers(ModelGraph(keras.Model(x, L.Rescaling(2.0, name="odd")(x))))
 
 
 @pytest.mark.parametrize(

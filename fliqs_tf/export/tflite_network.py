@@ -100,7 +100,7 @@ def _move(tensors: Tensors, step: Step, scale: ActivationScale | None) -> None:
     else:
         inputs = [tensors.as_codes(value, scale).tensor for value in step.inputs]
         output = tensors.new_codes(step.output, tflite_codes.parameters(scale))
-        tensors.settle(step.output, scale, output)
+        tensors.record(step.output, scale, output)
         tflite_moves.write(tensors.file, step, inputs, output.tensor)
 
 
@@ -116,5 +116,5 @@ def _compute(
     written = tensors.new_codes(step.output, first)
     sources = [tensors.as_codes(value, scale) for value, scale in zip(step.inputs, given)]
     rounding = tflite_integer.write(tensors.file, step, sources, written, int4)
-    tensors.settle(step.output, target, written, following)
+    tensors.record(step.output, target, written, following)
     return rounding

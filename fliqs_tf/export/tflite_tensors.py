@@ -63,10 +63,10 @@ class Tensors:
         return None if value in self._made_in_float else next(iter(self._codes.get(value, ())), None)
 
     def new_codes(self, value: int, parameters: QuantizationParameters) -> Codes:
-        """An int8 tensor for a kernel to write a value to; `settle` then says at what scale the value is."""
+        """An int8 tensor for a kernel to write a value to; `record` then says at what scale the value is."""
         return Codes(self.file.tensor(f"codes_{value}", (-1, *self._shapes[value]), np.int8, parameters), parameters)
 
-    def settle(
+    def record(
         self, value: int, scale: ActivationScale, written: Codes, following: Iterable[QuantizationParameters] = ()
     ) -> None:
         """Makes a written tensor the codes of a value at a scale, by way of the stages that follow it."""
@@ -85,7 +85,7 @@ class Tensors:
             first, *following = tflite_codes.stages(scale, "clipped" if is_within else "linear")
             written = self.new_codes(value, first)
             self.file.operation("QUANTIZE", [self.as_float(value)], [written.tensor])
-            self.settle(value, scale, written, following)
+            self.record(value, scale, written, following)
         return Codes(self._codes[value][scale], tflite_codes.parameters(scale))
 
     # ---- a value that stands for another one

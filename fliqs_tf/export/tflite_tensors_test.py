@@ -19,7 +19,7 @@ def tensors():
     tensors.name(0, "x", (3,))
     tensors.new_float(0, "x")
     tensors.name(1, "made", (2,))
-    tensors.settle(1, ONE, tensors.new_codes(1, tflite_codes.parameters(ONE)))
+    tensors.record(1, ONE, tensors.new_codes(1, tflite_codes.parameters(ONE)))
     return tensors
 
 

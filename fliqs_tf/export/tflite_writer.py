@@ -62,7 +62,7 @@ def tflite(
     graph = boundaries.with_boundary_quantizers(rewriting.without(graph, *requantize.ROUNDINGS))
     examples = None if representative is None else batches.read(representative, graph.model, "representative")
     boundaries.calibrate(graph, None if examples is None else (batch.x for batch in examples.in_order(_BATCH)))
-    biases.settle(graph)
+    biases.round_to_int32(graph)
     network = tflite_network.build(lowering.steps(graph), int4)
     content = network.to_bytes(f"{final.name}, written by fliqs_tf")
     with files.replacing(path) as temporary:
@@ -73,6 +73,6 @@ def tflite(
 def as_shipped(graph: ModelGraph) -> ModelGraph:
     """A copy of a trained model that computes what its file will, as `tflite` returns it, without writing the file."""
     graph = boundaries.with_boundary_quantizers(graph)
-    biases.settle(graph)
+    biases.round_to_int32(graph)
     network = tflite_network.build(lowering.steps(graph), int4=True)
     return requantize.insert(graph, network.roundings)
