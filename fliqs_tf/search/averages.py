@@ -6,6 +6,9 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import tensorflow as tf
+
 from fliqs_tf._keras import keras
 from fliqs_tf.graph.model_graph import ModelGraph
 from fliqs_tf.io import batches
@@ -14,8 +17,28 @@ from fliqs_tf.layers import batch_norm
 _LOG = logging.getLogger("fliqs_tf")
 # Batches from which moving averages are estimated: 32 batches of 64 give their means to about 2 % of a deviation.
 ESTIMATION_BATCHES = 32
+# Share of old averages in new ones that no longer matters: 459 steps at Keras' momentum of 0.99.
+_LEFT = 0.01
 # Examples per batch where nothing says how many: Keras' default.
 BATCH_SIZE = 32
+
+
+def are_behind(model: keras.Model) -> bool:
+    """Whether the moving averages of a search model may belong to other formats than it has.
+
+    They do not where they were estimated for these formats, and training has kept them since; or where training had the
+    steps to follow: what is left of the averages before the decision is below `_LEFT`.
+    """
+    layers = batch_norm.batch_norms(model.graph)
+    if not layers or model.__dict__.get("_averages_of") == _formats(model):
+        return False
+    decided = model.__dict__.get("_decided_step", model.controller.decided_at())
+    steps = int(tf.convert_to_tensor(model.controller.step)) - decided
+    return max(layer.momentum for layer in layers) ** max(steps, 0) > _LEFT
+
+
+def _formats(model: keras.Model) -> tuple[int, ...]:
+    return tuple(np.array(model.controller.most_likely()).tolist())
 
 
 def recalibrate(model: keras.Model, data: Iterable[Any] | batches.Source | None) -> None:
@@ -31,6 +54,7 @@ def recalibrate(model: keras.Model, data: Iterable[Any] | batches.Source | None)
             "computed with: there is no batch to estimate them anew from (a generator is read once). Give "
             "calibration_data, a data set or arrays."
         )
+    model.__dict__["_averages_of"] = _formats(model)
 
 
 def estimate(graph: ModelGraph, data: Iterable[Any] | batches.Source | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -12,17 +14,19 @@ from fliqs_tf._keras import keras
 def decide_on(model: keras.Model, sample: np.ndarray) -> None:
     """Takes a decision that was found by other means, if it is open."""
     if not bool(tf.convert_to_tensor(model.controller.decided)):
-        model.controller.decide(lambda _: replicas.Workers(model.distribute_strategy).first(sample))
-        model.__dict__["_decided_for"] = model._compiled_for.decides_on
-        model.use_sample()
+        _decide(model, lambda _: replicas.Workers(model.distribute_strategy).first(sample))
 
 
 def decide(model: keras.Model) -> None:
     """Takes the decision, if it is open."""
-    if bool(tf.convert_to_tensor(model.controller.decided)):
-        return
-    model.controller.decide(replicas.Workers(model.distribute_strategy).first)
+    if not bool(tf.convert_to_tensor(model.controller.decided)):
+        _decide(model, replicas.Workers(model.distribute_strategy).first)
+
+
+def _decide(model: keras.Model, agree: Callable[[np.ndarray], np.ndarray]) -> None:
+    model.controller.decide(agree)
     model.__dict__["_decided_for"] = model._compiled_for.decides_on
+    model.__dict__["_decided_step"] = int(tf.convert_to_tensor(model.controller.step))
     model.use_sample()
 
 

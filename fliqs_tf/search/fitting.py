@@ -74,8 +74,9 @@ def fit(
         search_loop.decide()  # the search has ended early
     model.use_sample()
     if model.stop_training or step >= total:
-        # Moving averages of training belong to the formats of its last steps. A run that goes on keeps them.
-        averages.recalibrate(model, calibration)
+        # A run that goes on keeps the averages that training has left.
+        if calibration_data is not None or averages.are_behind(model):
+            averages.recalibrate(model, calibration)
     elif calibration_data is not None:
         _LOG.warning("calibration_data is not used yet: the search goes on at step %d of %d.", step, total)
     return history

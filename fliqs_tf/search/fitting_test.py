@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import fliqs_tf
 from fliqs_tf._keras import keras
+from fliqs_tf.search import averages
 from fliqs_tf.search.model_test import IMAGES, LABELS, compiled
 
 # Decides after more than half of the run: of few steps a quarter is next to nothing.
@@ -233,6 +234,46 @@ def test_a_generator_leaves_the_moving_averages_and_says_so(make, warned, caplog
     caplog.clear()
     qmodel.deploy(fliqs_tf.Recipe.uniform(qmodel, "INT4"))
     assert ("give calibration_data" in caplog.text) == warned
+
+
+@pytest.fixture
+def estimations(monkeypatch):
+    """Notes how many batches each estimation of moving averages was made from."""
+    made, original = [], averages.estimate
+
+    def estimate(graph, data):
+        made.append(original(graph, data))
+        return made[-1]
+
+    monkeypatch.setattr(averages, "estimate", estimate)
+    return made
+
+
+def test_averages_are_estimated_once_for_the_formats(estimations):
+    qmodel = normed(space=("INT4", "INT8"))
+    data = line(64)
+    qmodel.fit(*data, batch_size=4, verbose=0)
+    assert estimations == [16]
+    qmodel.fit(*data, batch_size=4, verbose=0)  # trains on, with the same formats
+    assert estimations == [16]
+    qmodel.fit(*data, batch_size=4, verbose=0, calibration_data=data[0][:32])  # asked for
+    assert estimations == [16, 1]
+    qmodel.restart()
+    qmodel.fit(*data, batch_size=4, verbose=0)
+    assert estimations == [16, 1, 16]
+
+
+@pytest.mark.parametrize(("momentum", "estimated"), [(0.5, []), (0.99, [16])])
+def test_averages_that_have_followed_since_the_decision_stay(momentum, estimated, estimations):
+    # 16 steps, decided after 4: of the averages before it 0.5^12 or 0.99^12 are left.
+    layers = [
+        keras.layers.Input((1,)),
+        keras.layers.BatchNormalization(momentum=momentum, name="norm"),
+        keras.layers.Dense(4, name="logits"),
+    ]
+    qmodel = compiled(model=keras.Sequential(layers), target_cost="1x INT8")
+    qmodel.fit(*line(64), batch_size=4, verbose=0)
+    assert estimations == estimated
 
 
 def dense():

@@ -89,6 +89,9 @@ class SearchLoop(keras.callbacks.Callback):
             )
             controller.logits.assign(self.logits)
             controller.decided.assign(True)
+            # So do their moving averages.
+            self.search_model.__dict__["_decided_step"] = max(restored, self.step)
+            self.search_model.__dict__.pop("_averages_of", None)
         controller.step.assign(max(restored, self.step))
 
     def _controller_step(self) -> int:

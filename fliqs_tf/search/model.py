@@ -189,6 +189,7 @@ class SearchModel(SampledModel):
         fresh = self._new_controller(self.controller.options())
         for variable, value in zip(self.controller.variables, fresh.variables):
             variable.assign(np.array(tf.convert_to_tensor(value)))
+        self.__dict__.pop("_averages_of", None)
         self.use_sample()
 
     @property
@@ -227,8 +228,9 @@ class SearchModel(SampledModel):
             generator, and with train_with="sample", it is that of the training batch itself.
           calibration_data: Examples from which batch normalization is re-estimated at the end of the search, in any of
             these forms; labels are not needed. None: the first batches of a training data set, or as many examples from
-            everywhere in the training part of arrays. A generator that was trained on cannot be read again: then the
-            averages stay as they are, and a warning says so.
+            everywhere in the training part of arrays, and only if the averages may belong to other formats: training
+            that has gone on for some hundred steps since the decision has moved them by itself. A generator that was
+            trained on cannot be read again: then the averages stay as they are, and a warning says so.
 
         Returns:
           Keras' History. Its logs hold, per epoch and beside loss and metrics:
