@@ -46,7 +46,8 @@ def curves_figure(
     panels = []
     for name, label, keys in _PANELS:
         series = {key: _series(rows, key) for key in keys}
-        if any(len(steps) for steps, _ in series.values()):
+        # What is 0 all the time, as the switches of a run whose weights train with fixed formats, shows nothing.
+        if any(np.any(values) for _, values in series.values()):
             panels.append((name, f"{label} ({cost_unit})" if label == "cost" and cost_unit else label, series))
     if not panels:
         raise ValueError(
@@ -73,7 +74,7 @@ def curves_figure(
 
 def has_curve(row: Mapping[str, Any]) -> bool:
     """Whether a row of metrics holds anything that `curves_figure` draws."""
-    return any(len(_series([row], key)[0]) for _, _, keys in _PANELS for key in keys)
+    return any(np.any(_series([row], key)[1]) for _, _, keys in _PANELS for key in keys)
 
 
 def _draw_curves(axes: Axes, series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:

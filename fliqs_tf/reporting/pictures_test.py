@@ -291,3 +291,10 @@ def test_pyplot_is_not_needed(draw, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     draw().savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_zero_all_the_time_has_no_panel():
+    still = [{**row, "switch_rate": 0.0} for row in rows()]
+    titles = [axes.get_title(loc="left") for axes in curves.curves_figure(still).axes]
+    assert "Layers that switched" not in titles and "Training loss" in titles
+    assert not curves.has_curve({"step": 1, "switch_rate": 0.0}) and curves.has_curve({"step": 1, "loss": 0.5})
