@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fliqs_tf.reporting import canvas
 
@@ -46,8 +47,7 @@ def curves_figure(
     panels = []
     for name, label, keys in _PANELS:
         series = {key: _series(rows, key) for key in keys}
-        # What is 0 all the time, as the switches of a run whose weights train with fixed formats, shows nothing.
-        if any(np.any(values) for _, values in series.values()):
+        if any(_shows(key, values) for key, (_, values) in series.items()):
             panels.append((name, f"{label} ({cost_unit})" if label == "cost" and cost_unit else label, series))
     if not panels:
         raise ValueError(
@@ -74,7 +74,12 @@ def curves_figure(
 
 def has_curve(row: Mapping[str, Any]) -> bool:
     """Whether a row of metrics holds anything that `curves_figure` draws."""
-    return any(np.any(_series([row], key)[1]) for _, _, keys in _PANELS for key in keys)
+    return any(_shows(key, _series([row], key)[1]) for _, _, keys in _PANELS for key in keys)
+
+
+def _shows(key: str, values: ArrayLike) -> bool:
+    """False for no values, and where no layer switches all the time: weights that train with fixed formats."""
+    return bool(np.size(values)) and (key != "switch_rate" or bool(np.any(values)))
 
 
 def _draw_curves(axes: Axes, series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
