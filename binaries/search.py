@@ -57,7 +57,7 @@ flags.DEFINE_integer("quality_samples", 4, "Samples compared at a reading.", low
 flags.DEFINE_enum("estimator", "critic", ["critic", "reinforce"], "How the controller learns.")
 flags.DEFINE_enum("entropy_schedule", "cosine", ["constant", "linear", "cosine", "heaviside"], "Growth of beta_H.")
 flags.DEFINE_float("warmup", None, "Share of the steps in which formats are drawn without learning; None: 0.1.", 0, 0.9)
-flags.DEFINE_float("frozen", None, "Last share of the steps, with the formats decided; None: 0.75.", 0, 0.99)
+flags.DEFINE_float("frozen", None, "Last share of the steps, with formats decided; None: 0.75, samples 0.4.", 0, 0.99)
 flags.DEFINE_enum(
     "train_with",
     None,
@@ -87,6 +87,10 @@ def main(argv):
         sys.exit("--quality_data=held_out needs held-out data: set --holdout above 0, or take --quality_data=train.")
     if FLAGS.method == "post_training" and not FLAGS.init:
         sys.exit("--method=post_training needs trained weights: give --init=RUN, the run of train.py --format=float.")
+    if FLAGS.method == "post_training" and (FLAGS.estimator != "critic" or FLAGS.train_with == "sample"):
+        sys.exit("--method=post_training decides by the critic: not with --estimator=reinforce or --train_with=sample.")
+    if FLAGS.method == "search" and (FLAGS["readings"].present or FLAGS["post_training"].present):
+        sys.exit("--readings and --post_training are for --method=post_training; a search has --quality_every.")
     preemption, strategy, data, steps_per_epoch = loop.start(argv)
     total = steps_per_epoch * FLAGS.epochs
     with strategy.scope():

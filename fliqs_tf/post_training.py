@@ -13,7 +13,7 @@ from fliqs_tf._keras import keras
 from fliqs_tf.costs.profile import Profile
 from fliqs_tf.io import batches
 from fliqs_tf.numerics.space import Space
-from fliqs_tf.search import averages, deciding, integer_program, reading
+from fliqs_tf.search import averages, compile_config, deciding, integer_program, reading
 from fliqs_tf.search.controller import READINGS
 from fliqs_tf.search.model import SearchModel
 from fliqs_tf.wrapping import wrap
@@ -77,8 +77,6 @@ def post_training_search(
     loss = loss if loss is not None else getattr(model, "loss", None)
     if loss is None:
         raise ValueError(f"Model {model.name!r} is not compiled with a loss: give post_training_search(loss=...).")
-    if readings is not None and readings < 1:
-        raise ValueError(f"readings must be at least 1, got {readings!r}.")
     searched = wrap(model, space, **wrap_options)
     searched.compile(
         optimizer="sgd", loss=loss, target_cost=target_cost, cost=cost, quality=quality, seed=seed, pretrained=True
@@ -112,6 +110,13 @@ def decide_formats(
     """
     if method not in METHODS:
         raise ValueError(f"method must be 'critic' or 'sensitivities', got {method!r}.")
+    if searched.controller.estimator != "critic" or not searched.reads_training_data:
+        raise ValueError(
+            "Formats are decided from readings by the critic: compile with neither estimator='reinforce' nor "
+            "train_with='sample'."
+        )
+    readings = None if readings is None else compile_config.whole("readings", readings, 1)
+    batch_size = compile_config.whole("batch_size", batch_size, 1)
     source = batches.read(data, searched.network, "data")
     if source.has_labels is False:
         raise ValueError("data has no labels: give a tuple (x, y) of arrays, or batches (x, y).")

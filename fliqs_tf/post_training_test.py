@@ -51,7 +51,8 @@ def test_a_model_that_was_never_trained_is_told(caplog):
         ({"data": X}, "data has no labels"),
         ({"target_cost": None}, "and target_cost='0.5x INT8'"),
         ({"target_cost": "0.01x INT8"}, "out of reach"),
-        ({"readings": 0}, "readings must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number from 1 to 2147483647, got 2.5"),
+        ({"readings": 0}, "readings must be a whole number from 1 to 2147483647, got 0"),
     ],
 )
 def test_bad_arguments(options, message):

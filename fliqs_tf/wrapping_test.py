@@ -2,50 +2,14 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from fliqs_tf import wrapping
 from fliqs_tf._keras import keras
-from fliqs_tf.graph.model_graph import ModelGraph
-from fliqs_tf.layers.quantized import Quantized
+from fliqs_tf.quantize.copying_test import formats_of
+from fliqs_tf.quantize.network_test import convolutional, dense_chain, outputs, randomized
 from fliqs_tf.quantize.recipe import Recipe
 
 L = keras.layers
-
-
-def dense_chain(*names, width=3):
-    return keras.Sequential([keras.Input((width,)), *(L.Dense(width, name=name) for name in names)], name="net")
-
-
-def convolutional():
-    inputs = keras.Input((8, 8, 3), name="image")
-    x = L.Conv2D(4, 3, name="conv")(inputs)
-    x = L.ReLU(name="relu")(L.BatchNormalization(name="bn")(x))
-    x = L.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, L.Dense(5, name="fc")(x), name="net")
-
-
-def randomized(model, seed=0):
-    rng = np.random.default_rng(seed)
-    model.set_weights([rng.uniform(0.1, 1, w.shape).astype(w.dtype) for w in model.get_weights()])
-    return model
-
-
-def outputs(model, seed=0):
-    rng = np.random.default_rng(seed)
-    return model(tf.constant(rng.standard_normal((4, *model.inputs[0].shape[1:])), tf.float32)).numpy()
-
-
-def formats_of(network):
-    """{layer: (weights, input)}"""
-    return {
-        path: (
-            *layer.weight_quantizers[0].space.names,
-            *(layer.activation_quantizer.space.names if layer.activation_quantizer is not None else ("FP32",)),
-        )
-        for path, layer in ModelGraph(network).layers
-        if isinstance(layer, Quantized)
-    }
 
 
 def test_one_format_for_every_layer():

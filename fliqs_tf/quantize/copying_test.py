@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from fliqs_tf import wrapping
 from fliqs_tf._keras import keras
@@ -11,40 +10,11 @@ from fliqs_tf.layers.quantized import Quantized
 from fliqs_tf.quantize import copying
 from fliqs_tf.quantize.decisions import open_decisions
 from fliqs_tf.quantize.network import quantized_network
+from fliqs_tf.quantize.network_test import FORMATS, choose, convolutional, dense_chain, outputs, randomized
 from fliqs_tf.quantize.recipe import Recipe
 from fliqs_tf.quantize.rules import Rule
 
 L = keras.layers
-FORMATS = ["INT4", "INT8"]
-
-
-def dense_chain(*names, width=3):
-    return keras.Sequential([keras.Input((width,)), *(L.Dense(width, name=name) for name in names)], name="net")
-
-
-def convolutional():
-    inputs = keras.Input((8, 8, 3), name="image")
-    x = L.Conv2D(4, 3, name="conv")(inputs)
-    x = L.ReLU(name="relu")(L.BatchNormalization(name="bn")(x))
-    x = L.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, L.Dense(5, name="fc")(x), name="net")
-
-
-def randomized(model, seed=0):
-    rng = np.random.default_rng(seed)
-    model.set_weights([rng.uniform(0.1, 1, w.shape).astype(w.dtype) for w in model.get_weights()])
-    return model
-
-
-def outputs(model, seed=0):
-    rng = np.random.default_rng(seed)
-    return model(tf.constant(rng.standard_normal((4, *model.inputs[0].shape[1:])), tf.float32)).numpy()
-
-
-def choose(network, formats):
-    for decision in open_decisions(ModelGraph(network)):
-        for quantizer in decision.quantizers:
-            quantizer.choice.assign(decision.options.index(formats[decision.name]))
 
 
 def formats_of(network):

@@ -46,7 +46,7 @@ class Budget:
 def recipe(model: keras.Model, target_cost: float | str) -> Recipe:
     """See `SearchModel.recipe`."""
     beliefs = _beliefs(model)
-    return _recipe(model, _best(model, beliefs, _number(model, target_cost)))
+    return recipe_of(model, _best(model, beliefs, _number(model, target_cost)))
 
 
 def table(model: keras.Model, targets: Sequence[float | str] | None) -> list[Budget]:
@@ -95,9 +95,10 @@ def _budget(model: keras.Model, beliefs: choosing.Beliefs, target: float, sample
     widest = np.array([len(decision.options) - 1 for decision in model.decisions])
     gain, deviation = beliefs.gain(sample[None], widest)
     cost = float(model.cost_table.of_samples(sample)[0])
-    return Budget(target, cost, -float(gain[0]), float(deviation[0]), _recipe(model, sample))
+    return Budget(target, cost, -float(gain[0]), float(deviation[0]), recipe_of(model, sample))
 
 
-def _recipe(model: keras.Model, sample: np.ndarray) -> Recipe:
+def recipe_of(model: keras.Model, sample: np.ndarray) -> Recipe:
+    """A sample of a search model, int [decisions], as a recipe."""
     formats = {d.name: d.options[i] for d, i in zip(model.decisions, sample.tolist())}
     return costs.recipe_of(model.sites, formats)

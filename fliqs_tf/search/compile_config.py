@@ -63,6 +63,7 @@ class CompileConfig:
 def checked(
     model: keras.Model,
     *,
+    estimator: str,
     target_cost: float | str | None,
     cost: costs.Cost | Profile | str | None,
     reward: str | rewards.Reward | Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
@@ -79,6 +80,7 @@ def checked(
 
     Args:
       model: The search model.
+      estimator: That of its controller, see `Controller`.
       **: See `SearchModel.compile`.
 
     Raises:
@@ -88,6 +90,11 @@ def checked(
         raise ValueError(f"train_with must be 'widest', 'sample' or None, got {train_with!r}.")
     if pretrained not in (None, False, True):
         raise ValueError(f"pretrained must be True, False or None, got {pretrained!r}.")
+    if pretrained and (train_with == "sample" or estimator != "critic"):
+        raise ValueError(
+            "pretrained=True decides from readings before the first step, by the critic: it goes with neither "
+            "train_with='sample' nor estimator='reinforce'. Leave one of them out."
+        )
     numbers: dict[str, Any] = {
         "quality_every": None if quality_every is None else whole("quality_every", quality_every, 1),
         "quality_samples": whole("quality_samples", quality_samples, 2),

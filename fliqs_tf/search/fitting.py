@@ -43,8 +43,11 @@ def fit(
     length.restart_if_compiled_anew(model, arguments)
     if quality_data is not None and bool(tf.convert_to_tensor(model.controller.decided)):
         _LOG.warning("quality_data is not read: the formats are decided, and this fit trains the weights for them.")
-    if quality_data is not None and arguments.get("class_weight"):
-        _LOG.warning("class_weight does not count in quality_data: give its batches weights, (x, y, sample_weight).")
+    if readings is not None and arguments.get("class_weight"):
+        _LOG.warning(
+            "class_weight does not count where quality is read: give quality_data whose batches have weights, (x, y, "
+            "sample_weight)."
+        )
     model.bad_step.assign(-1)
     start = int(tf.convert_to_tensor(model.controller.step))
     total = length.total_steps(model, arguments, start)

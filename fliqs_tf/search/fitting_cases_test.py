@@ -219,7 +219,7 @@ def test_what_fit_does_not_use_is_told(caplog):
         fit(qmodel, calibration_data=X)
         assert "calibration_data is not used yet: the search goes on at step 4 of 8" in caplog.text
         fit(qmodel, quality_data=(X, Y), class_weight={0: 1.0, 1: 2.0})
-        assert "class_weight does not count in quality_data" in caplog.text
+        assert "class_weight does not count where quality is read" in caplog.text
         assert is_decided(qmodel) and "quality_data is not read" not in caplog.text
         fit(qmodel, quality_data=(X, Y))
         assert "quality_data is not read: the formats are decided" in caplog.text

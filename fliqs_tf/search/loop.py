@@ -105,7 +105,9 @@ class SearchLoop(keras.callbacks.Callback):
     def _decide_before_training(self, reader: reading.Reader) -> None:
         """Of weights that are trained already the formats are decided now, and training keeps them."""
         config = self.search_model._compiled_for
-        if self.search_model.trains_with_samples or config.pretrained is False:
+        # Only the critic knows when it is sure.
+        is_critic = self.search_model.controller.estimator == "critic"
+        if self.search_model.trains_with_samples or config.pretrained is False or not is_critic:
             return
         if config.pretrained or reader.is_trained():
             count = reader.decide_before_training(verbose=bool((self.params or {}).get("verbose")))

@@ -155,8 +155,10 @@ class SearchModel(SampledModel):
         check_strategy(self.distribute_strategy)
         if IS_KERAS_3 and not tf.config.list_physical_devices("GPU") and not tf.config.list_physical_devices("TPU"):
             kwargs.setdefault("jit_compile", False)
+        new_controller = None if controller is None else self._new_controller(controller)
         config = compile_config.checked(
             self,
+            estimator=(new_controller or self.controller).estimator,
             target_cost=target_cost,
             cost=cost,
             reward=reward,
@@ -169,8 +171,8 @@ class SearchModel(SampledModel):
             train_with=train_with,
             pretrained=pretrained,
         )
-        if controller is not None:
-            self._set_controller(self._new_controller(controller))
+        if new_controller is not None:
+            self._set_controller(new_controller)
         self._compiled_for = config
         self._reading_functions = None
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
@@ -369,9 +371,7 @@ class SearchModel(SampledModel):
             )
 
     def _most_likely_recipe(self) -> Recipe:
-        chosen = np.asarray(self.controller.most_likely())
-        formats = {d.name: d.options[i] for d, i in zip(self.decisions, chosen.tolist())}
-        return costs.recipe_of(self.sites, formats)
+        return budgets.recipe_of(self, np.asarray(self.controller.most_likely()))
 
     def deploy(
         self, recipe: Recipe | None = None, calibration_data: tf.data.Dataset | Iterable[Any] | None = None

@@ -459,6 +459,8 @@ def test_the_widest_formats_need_readings_of_their_own():
     ("options", "message"),
     [
         ({"train_with": "narrowest"}, "train_with must be 'widest', 'sample' or None, got 'narrowest'"),
+        ({"pretrained": True, "train_with": "sample"}, "pretrained=True decides from readings before the first step"),
+        ({"pretrained": True, "controller": {"estimator": "reinforce"}}, "by the critic: it goes with neither"),
         ({"pretrained": "yes"}, "pretrained must be True, False or None, got 'yes'"),
     ],
 )

@@ -110,3 +110,16 @@ def test_readings_of_one_class_are_told(caplog):
         assert "of one class" not in caplog.text
         reader(compiled(network()), np.ones_like(Y)).is_trained()
     assert "All examples in the first 4 batches that quality is read from are of one class" in caplog.text
+
+
+def test_reinforce_with_the_widest_formats_decides_while_training():
+    qmodel = compiled(network(), train_with="widest", controller={"estimator": "reinforce", "jit_compile": False})
+    qmodel.fit(X, Y, batch_size=64, verbose=0)
+    assert is_decided(qmodel)
+
+
+def test_examples_without_labels_say_nothing_of_training():
+    qmodel = compiled(network())
+    qmodel.configure_controller(total_steps=100, held_out=True)
+    bare = reading.Reader(qmodel, batches.read([(X[:32],)] * 4, qmodel.network, "data"), 32)
+    assert not bare.is_trained()

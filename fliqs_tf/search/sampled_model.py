@@ -80,7 +80,8 @@ class SampledModel(keras.Model):
     @property
     def reads_training_data(self) -> bool:
         """Whether readings without `quality_data` want batches of their own, from the training data."""
-        return self._configuration.train_with != "sample" and self.controller.estimator == "critic"
+        train_with = self._configuration.train_with
+        return train_with == "widest" or (train_with is None and self.controller.estimator == "critic")
 
     @property
     def trains_with_samples(self) -> bool:
