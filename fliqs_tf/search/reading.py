@@ -63,11 +63,13 @@ class Reader:
     def is_trained(self) -> bool:
         """Whether the network has learned something: its quality is far better with the labels of the examples than
         with those of other examples. The batches are read again later."""
+        if self._source.has_labels is False:
+            return False
         seen = list(itertools.islice(self._batches, _TRAINED_BATCHES))
         self._batches = itertools.chain(seen, self._batches)
         is_alone = self.strategy.num_replicas_in_sync == 1
         if is_alone and not all(isinstance(y, tf.Tensor) for data in seen for y in tf.nest.flatten(data[1])):
-            return False  # no labels, or ragged ones, which cannot be moved to other examples
+            return False  # ragged labels cannot be moved to other examples
         if is_alone and _is_one_class([data[1] for data in seen]):
             _LOG.warning(
                 "All examples in the first %d batches that quality is read from are of one class: what a format does "
